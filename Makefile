@@ -1,0 +1,54 @@
+# Everything needs root and a Debian or Ubuntu: what is missing is installed, into the system by apt-get (only what
+# PACKAGES names) and for the rest into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The distribution's own Python: one that any user may execute, which the tests as an unprivileged user need.
+PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
+PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv util-linux
+C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c)
+PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
+
+.PHONY: build demo engines test lint bench format clean packages
+
+build: $(VENV)/.built
+
+$(VENV)/.built: pyproject.toml setup.py $(wildcard csrc/*) | packages
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cffi>=1.17'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+	touch $@
+
+packages:
+	@missing=$$(for package in $(PACKAGES); do \
+	    dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || echo $$package; \
+	done); \
+	test -z "$$missing" || { apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
+
+demo: build
+	@$(BIN)/mpu-notify demo
+
+lint: build
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+
+# The container engines that the tests start; a newer Docker goes into build/, not into the system.
+engines:
+	tests/engines/install.sh
+
+test: lint engines
+	$(BIN)/pytest
+
+bench: build
+	$(BIN)/python -m bench
+
+format: build
+	$(BIN)/ruff check --fix-only $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(C_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist mpu_notify/_bin mpu_notify/notify/_native*.so mpu_notify.egg-info
