@@ -1,0 +1,49 @@
+"""cffi's description of mpu_notify.notify._native: the protocol's structs, and the few calls that Python lacks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cffi
+
+HERE = Path(__file__).parent
+
+CALLS = """
+#define CLONE_NEWNS ...
+#define CLONE_NEWPID ...
+#define CLONE_NEWUSER ...
+#define MS_REC ...
+#define MS_PRIVATE ...
+#define MS_NOSUID ...
+#define MS_NODEV ...
+#define MS_NOEXEC ...
+#define SECCOMP_FILTER_FLAG_SPEC_ALLOW ...
+#define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV ...
+
+int mpu_install_filter(const void *program, unsigned short instructions, unsigned long flags);
+int mpu_no_new_privileges(void);
+int mpu_unshare(int flags);
+int mpu_mount(const char *source, const char *target, const char *type, unsigned long flags);
+int mpu_die_with_parent(void);
+int mpu_keep_needed_capabilities(void);
+"""
+
+
+def declarations(header: Path) -> str:
+    """What cffi can read of a header: all but its guard and its includes."""
+    lines = re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.DOTALL).splitlines()
+    guard = re.compile(r"\s*#\s*(include|if|ifndef|endif|define \w+_H$)")
+    return "\n".join(line for line in lines if not guard.match(line))
+
+
+ffibuilder = cffi.FFI()
+ffibuilder.cdef(declarations(HERE / "protocol.h") + CALLS)
+ffibuilder.set_source(
+    "mpu_notify.notify._native",
+    '#include <signal.h>\n#include "native.h"\n#include "protocol.h"\n',
+    include_dirs=[str(HERE)],
+    extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+    depends=[str(header) for header in HERE.glob("*.h")],
+    py_limited_api=True,
+)

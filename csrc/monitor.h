@@ -1,0 +1,93 @@
+/* The monitor: one supervisor at a time, one thread per listener. */
+#ifndef MPU_MONITOR_H
+#define MPU_MONITOR_H
+
+#include "caller.h"
+#include "protocol.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct seccomp_notif;
+struct seccomp_notif_resp;
+
+/* What the supervisor wants. Constant once published; a newer one takes its place and keeps it, for threads that read.
+ */
+struct config {
+    struct config *older;
+    struct device device;
+    uint32_t silence_ms;
+    uint32_t n_controls;
+    struct mpu_control controls[MPU_MAX_CONTROLS];
+};
+
+struct listener {
+    struct monitor *monitor;
+    struct listener *next;
+    uint32_t id;
+    int fd;
+    int state;      /* memfd with the ContainerProcessState that it came with */
+    int channel;    /* our end; hung up on where there is no supervisor or it spoke nonsense */
+    bool announced; /* to the supervisor; guarded by the monitor's lock */
+    struct seccomp_notif *notif;
+    size_t notif_size;
+    struct seccomp_notif_resp *response;
+    size_t response_size;
+    uint64_t sequence;
+    uint64_t silent_until; /* CLOCK_MONOTONIC, ns: until then the supervisor, which let a call time out, is not asked */
+    struct mpu_ended counts; /* the packet that says the end, filled in as it goes */
+    bool reported[MPU_CAUSES];
+    uint8_t params[MPU_MAX_PARAMS];
+};
+
+struct monitor {
+    struct kernel kernel;
+    _Atomic(struct config *) config;
+
+    /* Of the main thread; -1 where there is none. */
+    int supervisor;
+    int control;     /* where supervisors connect */
+    int agent;       /* where runtimes connect: the OCI seccomp agent's socket */
+    bool configured; /* the supervisor that is there has said what it wants */
+    bool leaving;
+
+    int wake;    /* an eventfd: there is news for the main thread */
+    int signals; /* a signalfd: SIGTERM */
+
+    pthread_mutex_t lock; /* of what follows */
+    pthread_cond_t told;  /* a listener was announced, or there is no supervisor any more */
+    bool has_supervisor;  /* that has said what it wants */
+    struct listener *listeners;
+    uint32_t last_id;
+    unsigned arriving; /* connections on the agent socket that are being read */
+};
+
+/* Have the main thread look at the listeners. */
+void monitor_wake(struct monitor *monitor);
+
+/*
+ * A listener and its number, linked into the monitor's, for listener_run to serve. Owns both fds, on failure too.
+ */
+int listener_create(struct monitor *monitor, int fd, int state, struct listener **created);
+
+/* Where there is a supervisor, wait until it knows of the listener, so that the first call is translated, too. */
+void listener_await_supervisor(struct listener *listener);
+
+/* Serve until the last user of the filter is gone, then free. */
+void *listener_run(void *listener);
+
+/* listener_run in a thread of its own; on failure the listener is freed. */
+int listener_start(struct listener *listener);
+
+/* Start a detached thread with a small stack. */
+int thread_start(void *(*body)(void *), void *argument);
+
+/* Accept one connection on the agent socket and see to it in a thread of its own. */
+void agent_accept(struct monitor *monitor);
+
+/* Whether more connections than that wait to be read, so that none is to be accepted. */
+bool agent_is_busy(struct monitor *monitor);
+
+#endif

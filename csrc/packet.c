@@ -1,0 +1,83 @@
+#include "packet.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+uint64_t now_ns(clockid_t clock)
+{
+    struct timespec now;
+
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+void complain(const char *format, ...)
+{
+    static const char name[] = "mpu-notify-monitor: ";
+    struct pollfd polled = {.fd = STDERR_FILENO, .events = POLLOUT};
+    char line[512];
+    va_list arguments;
+    int length;
+
+    va_start(arguments, format);
+    length = vsnprintf(line, sizeof(line) - 1, format, arguments);
+    va_end(arguments);
+    if (length < 0 || poll(&polled, 1, 0) <= 0)
+        return;
+    if ((size_t)length > sizeof(line) - 2)
+        length = sizeof(line) - 2;
+    line[length++] = '\n';
+    struct iovec parts[2] = {{(void *)(uintptr_t)name, sizeof(name) - 1}, {line, (size_t)length}};
+    if (writev(STDERR_FILENO, parts, 2) < 0)
+        return;
+}
+
+int ms_until(uint64_t deadline)
+{
+    uint64_t now = now_ns(CLOCK_MONOTONIC);
+    uint64_t ms = deadline > now ? (deadline - now) / NS_PER_MS + 1 : 0;
+
+    return ms > INT_MAX ? INT_MAX : (int)ms;
+}
+
+int packet_send(int socket, const struct parcel *parcel, uint64_t deadline)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(PACKET_FDS_MAX * sizeof(int))] = {0};
+    struct iovec parts[2] = {{parcel->head, parcel->head_size}, {(void *)(uintptr_t)parcel->body, parcel->body_size}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = parcel->body_size ? 2 : 1};
+    struct pollfd polled = {.fd = socket, .events = POLLOUT};
+
+    if (parcel->n_fds > PACKET_FDS_MAX)
+        return -EINVAL;
+    if (parcel->n_fds) {
+        size_t size = parcel->n_fds * sizeof(int);
+
+        message.msg_control = control;
+        message.msg_controllen = CMSG_SPACE(size);
+        *CMSG_FIRSTHDR(&message) =
+            (struct cmsghdr){.cmsg_len = CMSG_LEN(size), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+        memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), parcel->fds, size);
+    }
+    parcel->head->version = MPU_PROTOCOL_VERSION;
+    parcel->head->length = (uint32_t)(parcel->head_size + parcel->body_size);
+    while (sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
+        if (errno != EAGAIN && errno != EINTR)
+            return -EPIPE;
+        if (poll(&polled, 1, ms_until(deadline)) == 0)
+            return -ETIMEDOUT;
+    }
+    return 0;
+}
+
+bool packet_is_sound(const struct mpu_header *header, size_t size)
+{
+    return size >= sizeof(*header) && header->length == size && header->version == MPU_PROTOCOL_VERSION &&
+           header->reserved == 0;
+}

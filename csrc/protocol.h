@@ -1,0 +1,174 @@
+/*
+ * The protocol between monitor and supervisor.
+ *
+ * They share one unix SOCK_SEQPACKET socket, and one more for each listener, its channel, so that no container waits
+ * for another's calls. A packet is one of the structs below; it begins with mpu_header, whose length is the length of
+ * the packet and whose version is MPU_PROTOCOL_VERSION. A packet of another version, of a length that its type does not
+ * have, or of a type that the receiver does not take there is a protocol error: the receiver says so and hangs up, and
+ * from then on the monitor answers every call with continue. Integers have the machine's byte order; both ends always
+ * run on one machine.
+ *
+ *   monitor                                     supervisor
+ *   HELLO                                 -->
+ *                                         <--   CONFIGURE                  first
+ *                                         <--   ATTACH + listener, state   of `run`: others come by the agent socket
+ *   ATTACHED + channel, state             -->                              once a listener and supervisor
+ *                                         <--   LEAVE                      end when there is no listener
+ *
+ *   on a channel, for each call that is in the table
+ *   BEGUN                                 -->
+ *   TRANSLATE_IN, params as read          -->                              only where the control asks about PIDs
+ *                                         <--   ANSWER, params to perform
+ *   TRANSLATE_OUT, params as performed    -->                              not for an answer without PIDs
+ *                                         <--   ANSWER, params to write
+ *   OUTCOME                               -->
+ *
+ *   ENDED                                 -->                              last
+ *
+ * BEGUN wants no answer: it lets the supervisor get ready while the monitor looks at the caller. An ANSWER belongs to
+ * the request whose sequence it repeats; one that comes too late is dropped. Fds travel by SCM_RIGHTS, in the order
+ * given; a state is a memfd with the OCI ContainerProcessState that came with the listener, which is the supervisor's
+ * to read. A supervisor that connects takes the place of the one before, and is told of every listener that there is.
+ *
+ * This header is also what cffi reads for the Python side: only integers, structs, enums and plain defines.
+ */
+#ifndef MPU_PROTOCOL_H
+#define MPU_PROTOCOL_H
+
+#include <stdint.h>
+
+#define MPU_PROTOCOL_VERSION 1
+#define MPU_MAX_PARAMS 65536 /* bytes of params in a packet; the largest control known has 55888 */
+#define MPU_MAX_CONTROLS 256
+#define MPU_CAUSES 16
+
+enum mpu_type {
+    MPU_HELLO = 1,
+    MPU_CONFIGURE = 2,
+    MPU_ATTACH = 3,
+    MPU_ATTACHED = 4,
+    MPU_BEGUN = 5,
+    MPU_TRANSLATE_IN = 6,
+    MPU_TRANSLATE_OUT = 7,
+    MPU_ANSWER = 8,
+    MPU_OUTCOME = 9,
+    MPU_ENDED = 10,
+    MPU_LEAVE = 11,
+};
+
+/* What became of a call in the table: translated, or the cause for which it was answered with continue. */
+enum mpu_cause {
+    MPU_TRANSLATED = 0,
+    MPU_CALLER_GONE = 1,          /* the notification id became invalid: the caller died or was interrupted */
+    MPU_MEMORY_UNREADABLE = 2,    /* NVOS54 or params could not be read */
+    MPU_MEMORY_UNWRITABLE = 3,    /* NVOS54 or params could not be written */
+    MPU_SIZE_UNKNOWN = 4,         /* a control in the table with a params size that is not */
+    MPU_FLAGS_SET = 5,            /* NVOS54.flags was not 0 */
+    MPU_FILE_UNAVAILABLE = 6,     /* the caller's file could not be looked at or fetched */
+    MPU_FILE_FOREIGN = 7,         /* the caller's file is not the control node */
+    MPU_IOCTL_FAILED = 8,         /* the ioctl itself failed, error has its errno */
+    MPU_STATUS_BAD = 9,           /* the driver answered with an RM status but 0, error has it */
+    MPU_SUPERVISOR_GONE = 10,     /* no supervisor */
+    MPU_SUPERVISOR_SILENT = 11,   /* no answer in time */
+    MPU_SUPERVISOR_DECLINED = 12, /* the supervisor answered continue */
+    MPU_REPLY_FAILED = 13,        /* the answer was written but the kernel did not take the reply */
+};
+
+enum mpu_verdict {
+    MPU_CONTINUE = 0,
+    MPU_PROCEED = 1,
+};
+
+struct mpu_header {
+    uint32_t length; /* of the whole packet, bytes */
+    uint16_t version;
+    uint16_t type;
+    uint32_t listener; /* chosen by the monitor, never used twice; 0 where none is meant */
+    uint32_t reserved; /* 0 */
+};
+
+struct mpu_hello {
+    struct mpu_header header;
+};
+
+struct mpu_control {
+    uint32_t cmd;
+    uint32_t size; /* of the params, bytes */
+    uint32_t asks; /* 1: the caller asks about PIDs, so the params are translated in, too */
+    /* Where in the params the u32 count of PIDs and their table are, bytes: an answer without PIDs needs nobody. */
+    uint32_t count_at;
+    uint32_t table_at;
+    uint32_t table_size;
+};
+
+/* The control table, the control node and how long the supervisor may be silent during one call. */
+struct mpu_configure {
+    struct mpu_header header;
+    uint32_t silence_ms;
+    uint32_t is_device; /* 1: major and minor are st_rdev of a character device; 0: of st_dev, and ino counts */
+    uint32_t major;
+    uint32_t minor;
+    uint64_t ino;
+    uint32_t n_controls;
+    uint32_t reserved; /* 0 */
+    struct mpu_control controls[];
+};
+
+struct mpu_attach {
+    struct mpu_header header;
+};
+
+struct mpu_leave {
+    struct mpu_header header;
+};
+
+struct mpu_attached {
+    struct mpu_header header;
+    int32_t error; /* of an ATTACH: 0, or its errno, and then there are no fds */
+    uint32_t reserved;
+};
+
+struct mpu_begun {
+    struct mpu_header header;
+    uint32_t tid; /* of the caller, in the initial PID namespace */
+    uint32_t reserved;
+};
+
+/* TRANSLATE_IN and TRANSLATE_OUT. */
+struct mpu_call {
+    struct mpu_header header;
+    uint64_t sequence; /* of this request, never used twice */
+    uint64_t begun_ns; /* CLOCK_BOOTTIME just before the ioctl; 0 in TRANSLATE_IN */
+    uint32_t cmd;
+    uint32_t size; /* of the params that follow, bytes */
+    uint8_t params[];
+};
+
+struct mpu_answer {
+    struct mpu_header header;
+    uint64_t sequence;
+    uint32_t verdict; /* enum mpu_verdict */
+    uint32_t size;    /* of the params that follow, bytes; 0 where the verdict is continue */
+    uint8_t params[];
+};
+
+/* After every call that the supervisor was asked about, and after the first of each other cause of a listener. */
+struct mpu_outcome {
+    struct mpu_header header;
+    uint64_t duration_ns; /* from receipt to reply */
+    uint32_t tid;
+    uint32_t cmd;
+    uint32_t size;
+    uint32_t cause; /* enum mpu_cause */
+    int32_t error;  /* errno or RM status that belongs to the cause, 0 where there is none */
+    uint32_t reserved;
+};
+
+struct mpu_ended {
+    struct mpu_header header;
+    uint64_t received;           /* notifications */
+    uint64_t untranslated;       /* of these, not in the table */
+    uint64_t causes[MPU_CAUSES]; /* of these, by enum mpu_cause */
+};
+
+#endif

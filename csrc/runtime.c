@@ -1,0 +1,392 @@
+/*
+ * mpu-notify-runtime: an OCI runtime that is another one, but for containers that opted in.
+ *
+ * Engines call a runtime for every little thing, so this looks only at what `create` and `run` are about to start, and
+ * only for whether the name of our annotation occurs in it. Where it does, oci/shim.py looks properly, rewrites the
+ * spec and becomes the real runtime; everywhere else this does, with the arguments as they came. What is wrong with the
+ * configuration is for shim.py to say: nothing of ours may be in the way of a container that has nothing to do with us.
+ */
+#include "cleanup.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#define ANNOTATION "io.mpu-notify.enable"
+#define CONFIGURATION "/etc/mpu-notify/config.toml"
+#define CONFIGURATION_VARIABLE "MPU_NOTIFY_CONFIG"
+#define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#define MAX_CONFIGURATION (64 * 1024)
+#define MAX_SPEC (16 * 1024 * 1024) /* a larger one is for shim.py to look at */
+#define MAX_ARGUMENTS 4096
+#define MAX_MESSAGE (3 * PATH_MAX)
+
+/* What the command line says; "" where it says nothing. */
+struct command {
+    const char *verb;
+    const char *bundle;
+    const char *log;
+    const char *log_format;
+    const char *container;
+};
+
+struct settings {
+    char path[PATH_MAX]; /* the real runtime, "" for the first there is */
+    bool by_name;        /* every container of this runtime opted in */
+};
+
+static const char *const verbs[] = {"checkpoint", "create", "delete", "events", "exec",    "features", "init",
+                                    "kill",       "list",   "pause",  "ps",     "restore", "resume",   "run",
+                                    "spec",       "start",  "state",  "update", "help",    "mounts"};
+static const char *const runtimes[] = {"runc", "crun"};
+static const char *const flags_alone[] = {"debug", "systemd-cgroup", "help", "h", "version", "v"};
+static const char *const flags_with_value[] = {
+    "root",           "criu",     "rootless",     "cgroup-manager", "log-level",
+    "console-socket", "pid-file", "preserve-fds", "config",         "f"};
+
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+/* Whether the first `length` bytes of `word` are all of `name`. */
+static bool is(const char *word, size_t length, const char *name)
+{
+    return strlen(name) == length && memcmp(word, name, length) == 0;
+}
+
+static bool is_any_of(const char *word, size_t length, const char *const *names, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (is(word, length, names[i]))
+            return true;
+    return false;
+}
+
+/* Where a flag's value goes that we want to know, else NULL. */
+static const char **place_of(struct command *command, const char *name, size_t length)
+{
+    if (is(name, length, "log"))
+        return &command->log;
+    if (is(name, length, "log-format"))
+        return &command->log_format;
+    return is(name, length, "bundle") || is(name, length, "b") ? &command->bundle : NULL;
+}
+
+/*
+ * Take the flag at argv[i], in the forms of both runtimes: one dash or two, value behind "=" or in the next word. A
+ * flag that we do not know may have one: the next word is taken for it where that is neither a flag nor a verb, as long
+ * as the verb is still to come. Returns how many words the flag has.
+ */
+static int take_flag(struct command *command, int argc, char **argv, int i)
+{
+    const char *name = argv[i] + (argv[i][1] == '-' ? 2 : 1);
+    const char *equals = strchr(name, '=');
+    size_t length = equals ? (size_t)(equals - name) : strlen(name);
+    const char **place = place_of(command, name, length);
+    const char *next = i + 1 < argc ? argv[i + 1] : "";
+
+    if (place)
+        *place = equals ? equals + 1 : next;
+    if (equals || is_any_of(name, length, flags_alone, COUNT(flags_alone)))
+        return 1;
+    if (place || is_any_of(name, length, flags_with_value, COUNT(flags_with_value)))
+        return 2;
+    return *command->verb || *next == '-' || is_any_of(next, strlen(next), verbs, COUNT(verbs)) ? 1 : 2;
+}
+
+static struct command read_command(int argc, char **argv)
+{
+    struct command command = {"", "", "", "", ""};
+    bool flags = true;
+
+    for (int i = 1; i < argc;) {
+        if (flags && strcmp(argv[i], "--") == 0) {
+            flags = false;
+            i++;
+        } else if (flags && argv[i][0] == '-' && argv[i][1]) {
+            i += take_flag(&command, argc, argv, i);
+        } else {
+            *(*command.verb ? &command.container : &command.verb) = argv[i];
+            i++;
+        }
+    }
+    return command;
+}
+
+/* All of a file, with a 0 behind it, or NULL with errno set: EFBIG where it is larger than `limit`. */
+static char *read_file(const char *path, size_t limit, size_t *size)
+{
+    AUTO_CLOSE fd = open(path, O_RDONLY | O_CLOEXEC);
+    AUTO_FREE char *content = NULL;
+    struct stat status;
+    char *whole;
+
+    if (fd < 0 || fstat(fd, &status))
+        return NULL;
+    if (status.st_size < 0 || (uint64_t)status.st_size > limit) {
+        errno = EFBIG;
+        return NULL;
+    }
+    content = malloc((size_t)status.st_size + 1);
+    if (!content)
+        return NULL;
+    for (*size = 0; *size < (size_t)status.st_size;) {
+        ssize_t got = read(fd, content + *size, (size_t)status.st_size - *size);
+
+        if (got < 0)
+            return NULL;
+        if (got == 0)
+            break;
+        *size += (size_t)got;
+    }
+    content[*size] = 0;
+    whole = content;
+    content = NULL;
+    return whole;
+}
+
+/* The string of a line `key = "string"`, cut out of the line, or NULL. settings.py reads just the same lines. */
+static char *value_of(char *line, const char *key)
+{
+    char quote, *value, *end;
+
+    line += strspn(line, " \t");
+    if (strncmp(line, key, strlen(key)) != 0)
+        return NULL;
+    line += strlen(key);
+    line += strspn(line, " \t");
+    if (*line++ != '=')
+        return NULL;
+    line += strspn(line, " \t");
+    quote = *line;
+    if (quote != '"' && quote != '\'')
+        return NULL;
+    value = line + 1;
+    end = strchr(value, quote);
+    if (!end || (quote == '"' && memchr(value, '\\', (size_t)(end - value))))
+        return NULL;
+    *end = 0;
+    return value;
+}
+
+static bool is_section(const char *line, bool before)
+{
+    char name[32];
+
+    if (sscanf(line, " [ %31[A-Za-z0-9_.-] ]", name) != 1)
+        return before;
+    return strcmp(name, "runtime") == 0;
+}
+
+static const char *settings_file(void)
+{
+    const char *file = getenv(CONFIGURATION_VARIABLE);
+
+    return file && *file ? file : CONFIGURATION;
+}
+
+static void read_settings(struct settings *settings)
+{
+    AUTO_FREE char *text = NULL;
+    bool ours = false;
+    size_t size;
+    char *rest;
+
+    text = read_file(settings_file(), MAX_CONFIGURATION, &size);
+    if (!text)
+        return;
+    rest = text;
+    for (char *line; (line = strsep(&rest, "\r\n"));) {
+        const char *path, *opt_in;
+
+        ours = is_section(line, ours);
+        if (!ours)
+            continue;
+        path = value_of(line, "path");
+        opt_in = path ? NULL : value_of(line, "opt_in");
+        if (path && strlen(path) < sizeof(settings->path))
+            strcpy(settings->path, path);
+        if (opt_in)
+            settings->by_name = strcmp(opt_in, "name") == 0;
+    }
+}
+
+/* `text` as what stands between the quotes of a string in JSON, which logrus' text form takes, too. */
+static void escape(char *out, size_t size, const char *text)
+{
+    size_t used = 0;
+
+    for (; *text && used + sizeof("\\u0000") < size; text++) {
+        unsigned char byte = (unsigned char)*text;
+
+        if (byte < 0x20)
+            used += (size_t)snprintf(out + used, size - used, "\\u%04x", byte);
+        else {
+            if (byte == '"' || byte == '\\')
+                out[used++] = '\\';
+            out[used++] = (char)byte;
+        }
+    }
+    out[used] = 0;
+}
+
+/* Say what is wrong where an engine looks for it: in the runtime's log, in its form, and on standard error. */
+__attribute__((format(printf, 2, 3))) static int complain(const struct command *command, const char *format, ...)
+{
+    char message[MAX_MESSAGE], escaped[2 * MAX_MESSAGE], moment[32];
+    time_t now = time(NULL);
+    struct tm utc;
+    va_list values;
+    AUTO_CLOSE log = -1;
+
+    va_start(values, format);
+    vsnprintf(message, sizeof(message), format, values);
+    va_end(values);
+    fprintf(stderr, "mpu-notify-runtime: %s\n", message);
+    log = *command->log ? open(command->log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : -1;
+    if (log >= 0 && gmtime_r(&now, &utc) && strftime(moment, sizeof(moment), "%Y-%m-%dT%H:%M:%SZ", &utc)) {
+        escape(escaped, sizeof(escaped), message);
+        dprintf(log,
+                strcmp(command->log_format, "json") == 0 ? "{\"time\":\"%s\",\"level\":\"error\",\"msg\":\"%s\"}\n"
+                                                         : "time=\"%s\" level=error msg=\"%s\"\n",
+                moment, escaped);
+    }
+    return 1;
+}
+
+/* Whether `path` is a program that is not this one. */
+static bool is_other_program(const char *path)
+{
+    struct stat ours, theirs;
+
+    if (stat(path, &theirs) || !S_ISREG(theirs.st_mode) || access(path, X_OK))
+        return false;
+    return stat("/proc/self/exe", &ours) || ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino;
+}
+
+/* Find a program as a shell would, but never this one. */
+static bool find_program(const char *name, char out[PATH_MAX])
+{
+    const char *folders = getenv("PATH");
+
+    if (strchr(name, '/'))
+        return snprintf(out, PATH_MAX, "%s", name) < PATH_MAX && is_other_program(out);
+    for (folders = folders && *folders ? folders : DEFAULT_PATH;; folders++) {
+        size_t length = strcspn(folders, ":");
+        int written = snprintf(out, PATH_MAX, "%.*s/%s", (int)length, folders, name);
+
+        if (length && length < PATH_MAX && written < PATH_MAX && is_other_program(out))
+            return true;
+        folders += length;
+        if (!*folders)
+            return false;
+    }
+}
+
+static bool find_runtime(const struct settings *settings, char out[PATH_MAX])
+{
+    if (*settings->path)
+        return find_program(settings->path, out);
+    for (size_t i = 0; i < COUNT(runtimes); i++)
+        if (find_program(runtimes[i], out))
+            return true;
+    return false;
+}
+
+static bool must_rewrite(const struct command *command, const struct settings *settings)
+{
+    AUTO_FREE char *spec = NULL;
+    char path[PATH_MAX];
+    size_t size;
+
+    if (strcmp(command->verb, "create") != 0 && strcmp(command->verb, "run") != 0)
+        return false;
+    if (snprintf(path, sizeof(path), "%s/config.json", *command->bundle ? command->bundle : ".") >= PATH_MAX)
+        return false;
+    spec = read_file(path, MAX_SPEC, &size);
+    if (!spec)
+        return errno == EFBIG; /* else the runtime says what is wrong with it */
+    return settings->by_name || memmem(spec, size, ANNOTATION, strlen(ANNOTATION));
+}
+
+/* Cut the last part off a path and return it, or "" where there is none. */
+static const char *cut(char *path)
+{
+    char *slash = strrchr(path, '/');
+
+    if (!slash)
+        return "";
+    *slash = 0;
+    return slash + 1;
+}
+
+/* The Python that our package is installed for, else the system's. */
+static bool find_python(const char *package, char out[PATH_MAX])
+{
+    char prefix[PATH_MAX];
+    const char *folder;
+
+    strcpy(prefix, package);
+    cut(prefix);
+    folder = cut(prefix);
+    if ((strcmp(folder, "site-packages") == 0 || strcmp(folder, "dist-packages") == 0) &&
+        strncmp(cut(prefix), "python3", strlen("python3")) == 0 && strcmp(cut(prefix), "lib") == 0 &&
+        snprintf(out, PATH_MAX, "%s/bin/python3", prefix) < PATH_MAX && is_other_program(out))
+        return true;
+    return find_program("/usr/bin/python3", out) || find_program("python3", out);
+}
+
+/* Have shim.py rewrite the spec and become the runtime. Returns only where that cannot be started. */
+static int become_shim(const struct command *command, char *runtime, int argc, char **argv)
+{
+    char package[PATH_MAX], shim[PATH_MAX], python[PATH_MAX];
+    ssize_t length = readlink("/proc/self/exe", package, sizeof(package));
+    char *words[MAX_ARGUMENTS + 1];
+    char *head[] = {python,
+                    "-I",
+                    "-S",
+                    shim,
+                    runtime,
+                    (char *)command->bundle,
+                    (char *)command->log,
+                    (char *)command->log_format,
+                    (char *)command->container};
+
+    if (length < 0 || (size_t)length >= sizeof(package))
+        return complain(command, "cannot find my own program by /proc/self/exe: mount /proc");
+    package[length] = 0;
+    cut(package);
+    cut(package);
+    if (snprintf(shim, sizeof(shim), "%s/oci/shim.py", package) >= PATH_MAX)
+        return complain(command, "cannot rewrite the spec: the path of my own package %s is too long", package);
+    if (!find_python(package, python))
+        return complain(command, "cannot rewrite the spec: no python3 in /usr/bin or PATH, install one");
+    if ((size_t)argc + COUNT(head) > MAX_ARGUMENTS)
+        return complain(command, "cannot rewrite the spec: %d arguments are too many", argc);
+    memcpy(words, head, sizeof(head));
+    memcpy(words + COUNT(head), argv + 1, (size_t)argc * sizeof(*argv)); /* with the NULL at the end */
+    execv(python, words);
+    return complain(command, "cannot rewrite the spec: cannot execute %s: %s", python, strerror(errno));
+}
+
+int main(int argc, char **argv)
+{
+    struct command command = read_command(argc, argv);
+    struct settings settings = {0};
+    char runtime[PATH_MAX];
+
+    read_settings(&settings);
+    if (!find_runtime(&settings, runtime))
+        return complain(&command, "cannot find the real OCI runtime %s: install it, or name it by [runtime] path in %s",
+                        *settings.path ? settings.path : "(runc or crun in PATH)", settings_file());
+    if (must_rewrite(&command, &settings))
+        return become_shim(&command, runtime, argc, argv);
+    argv[0] = runtime;
+    execv(runtime, argv);
+    return complain(&command, "cannot execute the real OCI runtime %s: %s", runtime, strerror(errno));
+}
