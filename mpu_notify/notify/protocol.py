@@ -1,0 +1,224 @@
+"""The monitor's protocol: csrc/protocol.h as Python values. One packet is one message, both ways length-checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from mpu_notify.notify._native import ffi, lib
+
+VERSION: int = lib.MPU_PROTOCOL_VERSION
+MAX_PARAMS: int = lib.MPU_MAX_PARAMS
+MAX_PACKET: int = ffi.sizeof("struct mpu_call") + MAX_PARAMS
+
+
+class ProtocolError(Exception):
+    """The other end sent what this version of the protocol does not have."""
+
+
+class Step(IntEnum):
+    """Which way the params of a request are to be translated."""
+
+    IN = lib.MPU_TRANSLATE_IN
+    OUT = lib.MPU_TRANSLATE_OUT
+
+
+class Cause(IntEnum):
+    """What became of a call in the table: translated, or why it was answered with continue."""
+
+    TRANSLATED = lib.MPU_TRANSLATED
+    CALLER_GONE = lib.MPU_CALLER_GONE
+    MEMORY_UNREADABLE = lib.MPU_MEMORY_UNREADABLE
+    MEMORY_UNWRITABLE = lib.MPU_MEMORY_UNWRITABLE
+    SIZE_UNKNOWN = lib.MPU_SIZE_UNKNOWN
+    FLAGS_SET = lib.MPU_FLAGS_SET
+    FILE_UNAVAILABLE = lib.MPU_FILE_UNAVAILABLE
+    FILE_FOREIGN = lib.MPU_FILE_FOREIGN
+    IOCTL_FAILED = lib.MPU_IOCTL_FAILED
+    STATUS_BAD = lib.MPU_STATUS_BAD
+    SUPERVISOR_GONE = lib.MPU_SUPERVISOR_GONE
+    SUPERVISOR_SILENT = lib.MPU_SUPERVISOR_SILENT
+    SUPERVISOR_DECLINED = lib.MPU_SUPERVISOR_DECLINED
+    REPLY_FAILED = lib.MPU_REPLY_FAILED
+
+
+class Device(NamedTuple):
+    """The control node as the monitor compares it: st_rdev of a character device, else st_dev and st_ino."""
+
+    is_device: bool
+    major: int
+    minor: int
+    inode: int
+
+
+class Control(NamedTuple):
+    """A row of the control table as the monitor has it; `asks`: its params must be translated in, too.
+
+    The last three say where in the params, in bytes, the u32 count of PIDs and their table are.
+    """
+
+    cmd: int
+    size: int
+    asks: bool
+    count_at: int
+    table_at: int
+    table_size: int
+
+
+class Hello(NamedTuple):
+    """The monitor is there and speaks our version."""
+
+
+class Attached(NamedTuple):
+    """A listener is served now, and its channel and state came along; error is 0, or the errno for which it is not."""
+
+    listener: int
+    error: int
+
+
+class Begun(NamedTuple):
+    """A caller, by its thread id in the initial PID namespace, is in a call that is in the table."""
+
+    listener: int
+    tid: int
+
+
+class Request(NamedTuple):
+    """A call that waits for its params to be translated. begun_ns is CLOCK_BOOTTIME before the ioctl, 0 in Step.IN."""
+
+    listener: int
+    sequence: int
+    step: Step
+    cmd: int
+    begun_ns: int
+    params: bytes
+
+
+class Outcome(NamedTuple):
+    """What became of a call; error is the errno or RM status that belongs to the cause."""
+
+    listener: int
+    tid: int
+    cmd: int
+    size: int
+    cause: Cause
+    error: int
+    duration_ns: int
+
+
+class Ended(NamedTuple):
+    """The last user of a listener's filter is gone; how many calls it had."""
+
+    listener: int
+    received: int
+    untranslated: int
+    causes: Mapping[Cause, int]
+
+
+Message = Hello | Attached | Begun | Request | Outcome | Ended
+
+
+def _view(packet: bytes, struct: str, size: int | None = None) -> Any:
+    wanted = ffi.sizeof(struct) if size is None else size
+    if len(packet) != wanted:
+        raise ProtocolError(f"the monitor sent {struct} with {len(packet)} bytes instead of {wanted}")
+    return ffi.cast(f"{struct} *", ffi.from_buffer(packet))
+
+
+def _request(packet: bytes, step: Step) -> Request:
+    head = ffi.sizeof("struct mpu_call")
+    if len(packet) < head:
+        raise ProtocolError(f"the monitor sent a call with {len(packet)} bytes, shorter than its head of {head}")
+    call = ffi.cast("struct mpu_call *", ffi.from_buffer(packet))
+    if len(packet) != head + call.size:
+        raise ProtocolError(f"the monitor sent {len(packet) - head} bytes of params where it said {call.size}")
+    return Request(call.header.listener, call.sequence, step, call.cmd, call.begun_ns, packet[head:])
+
+
+def _cause(number: int) -> Cause:
+    try:
+        return Cause(number)
+    except ValueError as error:
+        raise ProtocolError(f"the monitor named a cause {number} that this version does not have") from error
+
+
+def _outcome(packet: bytes) -> Outcome:
+    it = _view(packet, "struct mpu_outcome")
+    return Outcome(it.header.listener, it.tid, it.cmd, it.size, _cause(it.cause), it.error, it.duration_ns)
+
+
+def _ended(packet: bytes) -> Ended:
+    it = _view(packet, "struct mpu_ended")
+    return Ended(it.header.listener, it.received, it.untranslated, {cause: it.causes[cause] for cause in Cause})
+
+
+def decode(packet: bytes) -> Message:
+    """The message in a packet from the monitor. Raises ProtocolError for anything else."""
+    size = ffi.sizeof("struct mpu_header")
+    if len(packet) < size:
+        raise ProtocolError(f"the monitor sent {len(packet)} bytes, shorter than a header")
+    header = _view(packet[:size], "struct mpu_header")
+    if header.version != VERSION:
+        raise ProtocolError(f"the monitor speaks protocol version {header.version}, this supervisor {VERSION}")
+    if header.length != len(packet):
+        raise ProtocolError(f"the monitor sent {len(packet)} bytes where it said {header.length}")
+    kind: int = header.type
+    if kind == lib.MPU_HELLO:
+        _view(packet, "struct mpu_hello")
+        return Hello()
+    if kind == lib.MPU_ATTACHED:
+        attached = _view(packet, "struct mpu_attached")
+        return Attached(attached.header.listener, attached.error)
+    if kind == lib.MPU_BEGUN:
+        begun = _view(packet, "struct mpu_begun")
+        return Begun(begun.header.listener, begun.tid)
+    if kind in (Step.IN, Step.OUT):
+        return _request(packet, Step(kind))
+    if kind == lib.MPU_OUTCOME:
+        return _outcome(packet)
+    if kind == lib.MPU_ENDED:
+        return _ended(packet)
+    raise ProtocolError(f"the monitor sent a packet of type {kind}, which is not for a supervisor")
+
+
+def _packet(struct: str, kind: int, fields: Mapping[str, object], listener: int = 0, body: bytes = b"") -> bytes:
+    it = ffi.new(f"{struct} *", dict(fields))
+    it.header.length = ffi.sizeof(struct) + len(body)
+    it.header.version = VERSION
+    it.header.type = kind
+    it.header.listener = listener
+    return bytes(ffi.buffer(it, ffi.sizeof(struct))) + body
+
+
+def configure(device: Device, controls: Iterable[Control], silence_ms: int) -> bytes:
+    """The first packet to a monitor: control node, control table, and its patience with us."""
+    rows = [ffi.new("struct mpu_control *", control) for control in controls]
+    fields = {
+        "silence_ms": silence_ms,
+        "is_device": int(device.is_device),
+        "major": device.major,
+        "minor": device.minor,
+        "ino": device.inode,
+        "n_controls": len(rows),
+    }
+    body = b"".join(bytes(ffi.buffer(row)) for row in rows)
+    return _packet("struct mpu_configure", lib.MPU_CONFIGURE, fields, body=body)
+
+
+def attach() -> bytes:
+    """A listener comes with the packet, and a memfd with the state of its container."""
+    return _packet("struct mpu_attach", lib.MPU_ATTACH, {})
+
+
+def leave() -> bytes:
+    """The monitor may end once it has no listener."""
+    return _packet("struct mpu_leave", lib.MPU_LEAVE, {})
+
+
+def answer(request: Request, params: bytes | None) -> bytes:
+    """The params to go on with, as long as the request's; None to have the call answered with continue."""
+    verdict = lib.MPU_CONTINUE if params is None else lib.MPU_PROCEED
+    body = params or b""
+    fields = {"sequence": request.sequence, "verdict": verdict, "size": len(body)}
+    return _packet("struct mpu_answer", lib.MPU_ANSWER, fields, request.listener, body)
