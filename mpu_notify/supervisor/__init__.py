@@ -1,0 +1,1 @@
+"""What a control means and what a PID becomes."""

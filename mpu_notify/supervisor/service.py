@@ -1,0 +1,203 @@
+"""The supervisor: answers the monitor's requests, one at a time, and tells the log what became of each call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from mpu_notify.notify import protocol
+from mpu_notify.notify.monitor import Channel, ListenerError, Monitor, MonitorError
+from mpu_notify.notify.protocol import Begun, Cause, Ended, Outcome, Request, Step
+from mpu_notify.observe.log import OncePer, event
+from mpu_notify.pidns import PidNamespaceError, PidView, open_view
+from mpu_notify.rm.controls import CONTROL_TABLE, CONTROLS, Control, Direction
+from mpu_notify.supervisor.containers import Description, StateError
+from mpu_notify.supervisor.translation import Translated, translate_in, translate_out
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+OpenView = Callable[[int], PidView]
+
+
+def _monitored(control: Control) -> protocol.Control:
+    table = control.table
+    asks = control.direction is Direction.ASKED
+    return protocol.Control(control.cmd, control.size, asks, table.count, table.entries, table.stride * table.capacity)
+
+
+#: The control table as the monitor has it.
+MONITORED = tuple(_monitored(control) for control in CONTROLS)
+
+# Messages come close together, and waking up takes longer than most of them: look again for a while before sleeping.
+_SPIN_SECONDS = 2e-3
+
+#: Why a call was answered with continue, for the person who reads the log. A caller that died is no cause for it.
+EXPLANATIONS = {
+    Cause.MEMORY_UNREADABLE: "the caller's memory could not be read",
+    Cause.MEMORY_UNWRITABLE: "the caller's memory could not be written",
+    Cause.SIZE_UNKNOWN: "this params size of the control is not known to this version of mpu-notify",
+    Cause.FLAGS_SET: "the call has flags, which no known client sets on this control",
+    Cause.FILE_UNAVAILABLE: "the caller's file could not be fetched",
+    Cause.FILE_FOREIGN: "the caller's file is not the control node (see --device)",
+    Cause.IOCTL_FAILED: "the ioctl failed",
+    Cause.STATUS_BAD: "the driver refused the control",
+    Cause.SUPERVISOR_GONE: "there was no supervisor",
+    Cause.SUPERVISOR_SILENT: "the supervisor did not answer in time",
+    Cause.SUPERVISOR_DECLINED: "the params could not be translated",
+    Cause.REPLY_FAILED: "the kernel did not take the reply",
+}
+
+
+@dataclass
+class Container:
+    """What a listener belongs to: how the log names it, and its call under way."""
+
+    name: str
+    channel: Channel
+    view: PidView | None = None
+    asked: Translated | None = None
+    answered: Translated | None = None
+    causes: OncePer = field(default_factory=OncePer)
+
+    def forget_call(self) -> None:
+        """Close what the call under way holds."""
+        if self.view is not None:
+            self.view.close()
+        self.view = self.asked = self.answered = None
+
+
+class Supervisor:
+    """Serves the listeners of one monitor."""
+
+    def __init__(self, monitor: Monitor, open_pid_view: OpenView = open_view) -> None:
+        self._monitor = monitor
+        self._open_view = open_pid_view
+        self._containers: dict[int, Container] = {}
+        self._awake_until = 0.0
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(monitor, selectors.EVENT_READ)
+
+    def attach(self, name: str, listener_fd: int) -> None:
+        """Have the monitor serve a listener under this name; returns when it does. Raises MonitorError."""
+        self._monitor.attach(listener_fd, Description(name, "run").state())
+        self._arrive()
+
+    def serve_until_idle(self) -> None:
+        """Answer until the last container has ended. Raises MonitorError where the monitor ends before."""
+        while self._containers:
+            self._serve_some()
+
+    def serve(self) -> None:
+        """Answer for good. Raises MonitorError where the monitor ends."""
+        while True:
+            self._serve_some()
+
+    def _serve_some(self) -> None:
+        ready = self._ready.select(0 if time.monotonic() < self._awake_until else None)
+        if not ready:
+            os.sched_yield()
+            return
+        for key, _ in ready:
+            if isinstance(key.fileobj, Channel):
+                self._serve_one(key.fileobj)
+                continue
+            try:
+                self._arrive()
+            except ListenerError as error:
+                event(log, logging.ERROR, "a container stays untranslated", reason=str(error))
+        self._awake_until = time.monotonic() + _SPIN_SECONDS
+
+    def _arrive(self) -> None:
+        """Take the next listener from the monitor."""
+        arrival = self._monitor.receive()
+        if arrival is None:
+            raise MonitorError(f"the monitor ended; {len(self._containers)} containers lose it")
+        number = arrival.channel.listener
+        try:
+            whose = Description.of(arrival.state)
+        except StateError as error:
+            whose = Description(f"listener {number}", "unknown")
+            event(log, logging.WARNING, "bad message with a listener", container=whose.container, reason=str(error))
+        self._containers[number] = Container(whose.container, arrival.channel)
+        self._ready.register(arrival.channel, selectors.EVENT_READ)
+        event(log, logging.INFO, "attached", container=whose.container, route=whose.route, pid=whose.pid)
+
+    def _serve_one(self, channel: Channel) -> None:
+        """One message of one listener: so that none keeps the others waiting."""
+        container = self._containers[channel.listener]
+        message = channel.receive()
+        if isinstance(message, Request):
+            channel.answer(message, self._guarded(container, lambda: self._translate(container, message)))
+        elif isinstance(message, Begun):
+            container.forget_call()
+            container.view = self._guarded(container, lambda: self._open_view(message.tid))
+        elif isinstance(message, Outcome):
+            self._outcome(container, message)
+        else:
+            self._ended(container, message if isinstance(message, Ended) else None)
+
+    def _guarded(self, container: Container, attempt: Callable[[], T]) -> T | None:
+        """What was attempted; None, which has the call answered with continue, where the system did not let us."""
+        try:
+            return attempt()
+        except PidNamespaceError as error:
+            # Mostly the caller was killed: the monitor will notice the same.
+            event(log, logging.DEBUG, "no PID view", container=container.name, reason=str(error))
+        except OSError as error:
+            event(log, logging.ERROR, "cannot translate", container=container.name, reason=str(error))
+        return None
+
+    def _translate(self, container: Container, request: Request) -> bytes | None:
+        control = CONTROL_TABLE[request.cmd, len(request.params)]
+        if container.view is None:
+            return None
+        if request.step is Step.IN:
+            container.asked = translate_in(control, request.params, container.view)
+            return container.asked.params if container.asked else None
+        container.answered = translate_out(control, container.asked, request.params, container.view, request.begun_ns)
+        return container.answered.params if container.answered else None
+
+    def _outcome(self, container: Container, outcome: Outcome) -> None:
+        shown = {
+            "container": container.name,
+            "tid": outcome.tid,
+            "control": _control_name(outcome),
+            "outcome": outcome.cause.name.lower(),
+            "us": outcome.duration_ns // 1000,
+        }
+        if container.answered is not None:
+            shown["before"] = list(container.answered.before)
+            shown["after"] = list(container.answered.after)
+        if outcome.error:
+            shown["error"] = outcome.error
+        container.forget_call()
+        event(log, logging.DEBUG, "call", **shown)
+        if outcome.cause in EXPLANATIONS and container.causes.first(outcome.cause):
+            reason = EXPLANATIONS[outcome.cause]
+            event(log, logging.WARNING, "not translated, the driver's own answer stands", reason=reason, **shown)
+
+    def _ended(self, container: Container, ended: Ended | None) -> None:
+        container.forget_call()
+        self._ready.unregister(container.channel)
+        container.channel.close()
+        del self._containers[container.channel.listener]
+        if ended is None:
+            event(
+                log, logging.ERROR, "the monitor hung up: calls go to the driver untranslated", container=container.name
+            )
+            return
+        counts = {cause.name.lower(): count for cause, count in ended.causes.items() if count}
+        shown = {"calls": ended.received, "untranslated": ended.untranslated, **counts}
+        event(log, logging.INFO, "ended", container=container.name, **shown)
+
+
+def _control_name(outcome: Outcome) -> str:
+    known = CONTROL_TABLE.get((outcome.cmd, outcome.size))
+    return known.name if known else f"{outcome.cmd:#010x}/{outcome.size}"
