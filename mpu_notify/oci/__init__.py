@@ -1,0 +1,1 @@
+"""What container engines have to do with us: container state, spec rewriting, engine configuration."""

@@ -1,0 +1,90 @@
+"""What the routes into a container read of the configuration file: its sections [agent] and [runtime].
+
+The file is TOML. This reads the part of it that these sections need, a string or nothing on a line, because the shim
+has no time for a whole parser; csrc/runtime.c reads [runtime] in the same way. Other known sections are other readers'.
+"""
+
+# Pathlib would be a large part of the shim's time.
+# ruff: noqa: PTH123
+
+from __future__ import annotations
+
+import os
+import re
+
+from mpu_notify.errors import MpuNotifyError
+
+FILE = "/etc/mpu-notify/config.toml"
+DEFAULT_SOCKET = "/run/mpu-notify/agent.sock"
+VARIABLE = "MPU_NOTIFY_CONFIG"  # names another file
+
+_FOREIGN = ("supervisor", "log")
+#: What each key of the two sections may be set to; any string where nothing is said.
+KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "agent": {"socket": (), "absent": ("start", "refuse")},
+    "runtime": {"path": (), "opt_in": ("annotation", "name")},
+}
+_BLANK = re.compile(r"\s*(#.*)?")
+_SECTION = re.compile(r"\s*\[\s*([\w.-]+)\s*\]\s*(#.*)?")
+_SETTING = re.compile(r"""\s*([\w-]+)\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(#.*)?""")
+
+
+class SettingsError(MpuNotifyError):
+    """The configuration file is wrong; the text names the file and the line or key."""
+
+
+class Settings:
+    """The two sections."""
+
+    def __init__(self, file: str = FILE) -> None:
+        """All defaults; `file` is for messages."""
+        self.file = file
+        self.socket = DEFAULT_SOCKET
+        self.absent = "start"
+        self.runtime = ""
+        self.opt_in = "annotation"
+
+
+def load() -> Settings:
+    """The settings of this machine; all defaults where there is no file. Raises SettingsError."""
+    file = os.environ.get(VARIABLE) or FILE
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return parse(stream.read(), file)
+    except FileNotFoundError:
+        return Settings(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the configuration {file}: {error}") from error
+
+
+def parse(text: str, file: str) -> Settings:
+    """The settings in this text; `file` is for messages. Raises SettingsError."""
+    settings = Settings(file)
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = _SECTION.fullmatch(line)
+        if header:
+            section = header[1]
+            if section.split(".")[0] not in _FOREIGN and section not in KEYS:
+                known = ", ".join([*KEYS, *_FOREIGN])
+                raise SettingsError(f"unknown section [{section}] in {file}, line {number}: there are {known}")
+        elif section.split(".")[0] not in _FOREIGN and not _BLANK.fullmatch(line):
+            _set(settings, section, line, f"{file}, line {number}")
+    return settings
+
+
+def _set(settings: Settings, section: str, line: str, where: str) -> None:
+    setting = _SETTING.fullmatch(line)
+    if not setting:
+        raise SettingsError(f"cannot read {line.strip()!r} in {where}: write a key, = and a string in quotes")
+    key, value = setting[1], setting[2] if setting[2] is not None else setting[3]
+    choices = KEYS.get(section, {}).get(key)
+    if choices is None:
+        raise SettingsError(
+            f"unknown key {key!r} in {where}: section [{section}] has {', '.join(KEYS.get(section, {})) or 'none'}"
+        )
+    if choices and value not in choices:
+        raise SettingsError(f"{key} = {value!r} in {where}: must be one of {', '.join(choices)}")
+    if key == "socket" and not value.startswith("/"):
+        raise SettingsError(f"socket = {value!r} in {where}: must be an absolute path")
+    setattr(settings, "runtime" if key == "path" else key, value)
