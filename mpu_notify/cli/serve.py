@@ -1,0 +1,133 @@
+"""``mpu-notify serve``: the daemon that containers attach to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from mpu_notify.cli import options
+from mpu_notify.notify import native
+from mpu_notify.notify.monitor import Monitor, MonitorError, identify, start_daemon
+from mpu_notify.observe import log
+from mpu_notify.pidns import require_initial_namespace
+from mpu_notify.supervisor import configuration
+from mpu_notify.supervisor.service import MONITORED, Supervisor
+
+DESCRIPTION = """\
+Serve containers: the OCI seccomp agent that runtimes hand a container's filter
+to. Starts the monitor, which owns the sockets and the filters, unless one is
+running, and the supervisor, which is this process.
+
+The monitor outlives this process: without it, calls go to the driver
+untranslated, new containers still attach, and a new serve takes all of them
+over. Told to end (SIGTERM, SIGINT), serve ends, and the monitor once it has no
+container any more.
+"""
+
+EPILOG = """\
+When it accepts, it prints READY with the socket and both processes, and tells
+systemd so (sd_notify) where that is asked for.
+
+exit status:
+  0 if it was told to end; 1 if it could not start, or the monitor ended; 2 for
+  wrong usage.
+
+examples:
+  mpu-notify serve
+  mpu-notify serve --listen /run/user/1000/mpu-notify/agent.sock --log-level debug
+"""
+
+
+class _ToldToEndError(BaseException):
+    """A signal asks us to end; nothing is to catch it on its way."""
+
+
+def register(subparsers: options.Subparsers) -> None:
+    """Add the verb to the command line."""
+    parser = options.add_verb(subparsers, "serve", "serve containers", DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help=f"the configuration (default: {configuration.FILE}, which need not exist)",
+    )
+    parser.add_argument(
+        "--listen", metavar="SOCKET", type=Path, help="the agent's socket (default: agent.socket of the configuration)"
+    )
+    options.add_device(parser, "supervisor")
+    options.add_translate(parser, "supervisor")
+    options.add_answer_timeout(parser, "supervisor")
+    options.add_log(parser, "log")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit status."""
+    wanted = _settings(args)
+    log.configure(wanted.log.level, wanted.log.format, Path(wanted.log.file) if wanted.log.file else None)  # type: ignore[arg-type]
+    require_initial_namespace()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    monitor: Monitor | None = None
+    try:
+        monitor = _monitor(wanted)
+        native.keep_needed_capabilities()
+        print(f"READY socket={wanted.socket} monitor={monitor.pid} supervisor={os.getpid()}", flush=True)
+        _notify_systemd("READY=1")
+        Supervisor(monitor).serve()
+    except _ToldToEndError:
+        if monitor is not None:
+            monitor.leave()
+            monitor.close()
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> configuration.Configuration:
+    """The configuration, with what the command line says put over it."""
+    file = configuration.load(args.config)
+    said = {
+        "socket": args.listen and str(args.listen.absolute()),
+        "device": args.device and str(args.device),
+        "translate": args.translate,
+        "answer_timeout": args.answer_timeout_ms and args.answer_timeout_ms / 1000,
+    }
+    said_of_log = {"level": args.log_level, "format": args.log_format, "file": args.log_file and str(args.log_file)}
+    log_settings = replace(file.log, **{key: value for key, value in said_of_log.items() if value is not None})
+    return replace(file, log=log_settings, **{key: value for key, value in said.items() if value is not None})
+
+
+def _monitor(wanted: configuration.Configuration) -> Monitor:
+    agent = Path(wanted.socket)
+    control = agent.with_suffix(".control")
+    device = identify(Path(wanted.device))
+    silence_ms = max(1, round(wanted.answer_timeout * 1000))
+    try:
+        agent.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise MonitorError(f"cannot make {agent.parent} for the socket: {error.strerror}") from error
+    monitor = Monitor.connect(control, device, MONITORED, silence_ms)
+    if monitor is None:
+        start_daemon(agent, control)
+        monitor = Monitor.connect(control, device, MONITORED, silence_ms)
+    if monitor is None:
+        raise MonitorError(f"the monitor that was just started does not listen on {control}")
+    return monitor
+
+
+def _end(_number: int, _frame: object) -> NoReturn:
+    raise _ToldToEndError
+
+
+def _notify_systemd(state: str) -> None:
+    """sd_notify(3), without its library."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect("\0" + address[1:] if address.startswith("@") else address)
+        notify.send(state.encode())
