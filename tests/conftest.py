@@ -1,0 +1,21 @@
+"""What all tests need."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from sysconfig import get_path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest's signature
+    """The tests start the commands of the installation that they run in, with signals as a shell has them.
+
+    Whoever starts the tests may ignore some (nohup, a shell's background): programs would inherit that.
+    """
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["PATH"] = f"{Path(get_path('scripts'))}{os.pathsep}{os.environ['PATH']}"

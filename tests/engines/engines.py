@@ -1,0 +1,474 @@
+"""The container engines, one class each: started by hand on sockets and directories of their own, and used alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import images
+from .agent import ANNOTATION, Policy, Runtimes
+from .place import Account, CommandError, Daemon, Place, eventually, find_process
+
+#: Of the newer Debian, where install.sh puts it.
+NEWER = Path(__file__).parents[2] / "build" / "engines" / "newer-trixie" / "usr"
+CRI_PROTO = NEWER / "share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.proto"
+RUNC = "/usr/sbin/runc"
+CRUN = "/usr/bin/crun"
+
+_FEW = 4
+_PROFILE = Path("/usr/share/containers/seccomp.json")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a container shall be; as it is by default, it opted in and is confined as the engine does by itself."""
+
+    opted_in: bool = True
+    policy: Policy | None = None  # None: what the engine can pass the opt-in with
+    stock: bool = False  # not our runtime
+    user: bool = False  # not root
+    no_new_privileges: bool = False
+    unconfined: bool = False
+    privileged: bool = False
+    read_only: bool = False
+    init: bool = False
+    user_namespace: bool = False
+    pid_namespace_of: Container | None = None
+    more: tuple[str, ...] = ()  # the engine's own options
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container that an engine started."""
+
+    engine: Engine = field(repr=False)
+    identifier: str
+    command: tuple[str, ...]
+
+    def exec(self, *command: str) -> str:
+        return self.engine.exec(self, command)
+
+    def restart(self) -> Container:
+        self.engine.containers.remove(self)
+        self.engine.containers.append(restarted := self.engine.restart(self))
+        return restarted
+
+    @property
+    def host_pid(self) -> int:
+        """The process that asks again and again, as the host numbers it."""
+        eventually(lambda: find_process(*self.command) is not None, f"{self.command} runs")
+        return find_process(*self.command) or 0
+
+
+@dataclass
+class Setting:
+    """What an engine needs of the tests."""
+
+    place: Place
+    directory: Path  # the engine's own
+    runtimes: Runtimes
+    gpu: Path
+    out: Path
+    layer: Path
+    archive: Path
+    rootfs: Path
+    account: Account
+
+    def below(self, name: str) -> Path:
+        directory = self.directory / name
+        directory.mkdir(exist_ok=True, parents=True)
+        return directory
+
+
+class Engine(ABC):
+    """What all engines do. Containers that a test started are removed after it."""
+
+    #: How a container opts in: by an annotation, or by the runtime where the engine passes no annotations on.
+    opt_in = Policy.ANNOTATED
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.place = setting.place
+        self.containers: list[Container] = []
+
+    def start(self, *command: str, wish: Wish | None = None) -> Container:
+        """Start a container in the background. Raises CommandError."""
+        name = f"mpu-{secrets.token_hex(6)}"
+        try:
+            identifier = self._start(name, command, wish or Wish())
+        except BaseException:
+            self._remove(name)
+            raise
+        container = Container(self, identifier, command)
+        self.containers.append(container)
+        return container
+
+    def remove_all(self) -> None:
+        """End the containers of a test, the last one first: it may be in the first one's namespace."""
+        containers, self.containers = self.containers, []
+        if len(containers) < _FEW:
+            for container in reversed(containers):
+                self._remove(container.identifier)
+        else:
+            with ThreadPoolExecutor(_FEW) as pool:
+                list(pool.map(lambda container: self._remove(container.identifier), containers))
+
+    def runtime(self, wish: Wish) -> str | None:
+        """The name of our runtime for this container."""
+        if wish.stock:
+            return None
+        return (wish.policy or (self.opt_in if wish.opted_in else Policy.ANNOTATED)).value
+
+    def runtimes(self) -> dict[str, Path]:
+        return {policy.value: self.setting.runtimes.path(policy) for policy in Policy}
+
+    @abstractmethod
+    def up(self) -> None:
+        """Start the engine and give it its image."""
+
+    def down(self) -> None:
+        """Stop it, where it is a process."""
+        assert not self.containers
+
+    @abstractmethod
+    def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
+        """Start a container; its id."""
+
+    @abstractmethod
+    def exec(self, container: Container, command: Sequence[str]) -> str:
+        """A further command in a container; its output."""
+
+    @abstractmethod
+    def restart(self, container: Container) -> Container:
+        """Stop and start a container; what it is then."""
+
+    @abstractmethod
+    def _remove(self, name: str) -> None:
+        """End and remove a container, which may never have been made."""
+
+
+class _DockerLike(Engine):
+    """What Docker and Podman have in common: their command line."""
+
+    init_option: tuple[str, ...] = ("--init",)
+    remove_options: tuple[str, ...] = ()
+
+    @abstractmethod
+    def client(self, *words: str, input_file: Path | None = None) -> str:
+        """The engine's own command; its output."""
+
+    def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
+        runtime = self.runtime(wish)
+        options = [f"--name={name}", "--network=none", *self._cgroup(), *wish.more]
+        options += [f"--volume={self.setting.gpu}:{images.GPU}", f"--volume={self.setting.out}:{images.OUT}"]
+        options += [f"--runtime={runtime}"] if runtime else []
+        if wish.opted_in and self.opt_in is Policy.ANNOTATED:
+            options.append(f"--annotation={ANNOTATION}=true")
+        options += [f"--user={images.USER}:{images.USER}"] if wish.user else []
+        options += ["--security-opt=no-new-privileges"] if wish.no_new_privileges else []
+        options += ["--security-opt=seccomp=unconfined"] if wish.unconfined else []
+        options += ["--privileged"] if wish.privileged else []
+        options += ["--read-only"] if wish.read_only else []
+        options += self.init_option if wish.init else []
+        options += self._user_namespace() if wish.user_namespace else []
+        options += [f"--pid=container:{wish.pid_namespace_of.identifier}"] if wish.pid_namespace_of else []
+        return self.client("run", "--detach", *options, images.NAME, *command).strip()
+
+    def _cgroup(self) -> list[str]:
+        return [f"--cgroup-parent=/{self.place.cgroup}"]
+
+    def _user_namespace(self) -> list[str]:
+        return []
+
+    def exec(self, container: Container, command: Sequence[str]) -> str:
+        return self.client("exec", container.identifier, *command)
+
+    def restart(self, container: Container) -> Container:
+        self.client("restart", "--time=0", container.identifier)
+        return container
+
+    def _remove(self, name: str) -> None:
+        self.client("rm", "--force", *self.remove_options, name)
+
+
+class Docker(_DockerLike):
+    """A dockerd with a containerd of its own."""
+
+    def __init__(self, setting: Setting, *, newer: bool = False, remapped: bool = False) -> None:
+        super().__init__(setting)
+        self.newer = newer
+        self.remapped = remapped
+        self._programs = [str(NEWER / "sbin"), str(NEWER / "bin")] if newer else []
+        self._socket = setting.directory / "docker.sock"
+        self.opt_in = Policy.ANNOTATED if newer else Policy.ALL
+
+    def up(self) -> None:
+        config: dict[str, Any] = {
+            "data-root": str(self.setting.below("data")),
+            "exec-root": str(self.setting.below("exec")),
+            "pidfile": str(self.setting.directory / "dockerd.pid"),
+            "hosts": [f"unix://{self._socket}"],
+            "bridge": "none",
+            "iptables": False,
+            "ip6tables": False,
+            "storage-driver": "overlay2",
+            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "runtimes": {name: {"path": str(path)} for name, path in self.runtimes().items()},
+        }
+        if self.newer:
+            config |= {"features": {"cdi": True}, "cdi-spec-dirs": [str(self.cdi_directory)]}
+        if self.remapped:
+            config["userns-remap"] = self.setting.account.name
+        file = self.setting.directory / "daemon.json"
+        file.write_text(json.dumps(config))
+        # Where a Debian's own Docker looks for programs, it finds its own version first.
+        env = {"PATH": ":".join([*self._programs, "/usr/sbin:/usr/bin:/sbin:/bin"])}
+        program = self.program("sbin/dockerd")
+        self._daemon = Daemon(self.place, self.setting.directory / "log", program, "--config-file", file, env=env)
+        self._daemon.wait_for(self._socket.exists)
+        self.client("import", str(self.setting.layer), images.NAME)
+
+    def down(self) -> None:
+        self._daemon.stop()
+
+    @property
+    def cdi_directory(self) -> Path:
+        return self.setting.below("cdi")
+
+    def program(self, name: str) -> str:
+        return str((NEWER if self.newer else Path("/usr")) / name)
+
+    def client(self, *words: str, input_file: Path | None = None) -> str:
+        return self.place.run(
+            self.program("bin/docker"), "--host", f"unix://{self._socket}", *words, input_file=input_file
+        )
+
+
+class Podman(_DockerLike):
+    """Podman, as root or as an ordinary user."""
+
+    # The init of Debian's tini; Podman's own is not among what it depends on.
+    init_option = ("--init", "--init-path=/usr/bin/tini-static")
+    remove_options = ("--time=0",)
+
+    def __init__(self, setting: Setting, *, rootless: bool = False) -> None:
+        super().__init__(setting)
+        self._account = setting.account if rootless else None
+
+    def up(self) -> None:
+        directory = self.setting.directory
+        storage = directory / "storage.conf"
+        storage.write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.setting.below("graph")}"\n'
+            f'runroot = "{self.setting.below("run")}"\n'
+        )
+        containers = directory / "containers.conf"
+        # A ulimit above our own may not be had; without systemd there is neither its cgroup manager nor its journal.
+        containers.write_text(
+            '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]\nnetns = "none"\n'
+            'log_driver = "k8s-file"\n'
+            f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\nruntime = "crun"\n'
+            f'tmp_dir = "{self.setting.below("tmp")}"\nhooks_dir = ["{self.hooks_directory}"]\n[engine.runtimes]\n'
+            + "".join(f'{name} = ["{path}"]\n' for name, path in self.runtimes().items())
+        )
+        self._env = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "CONTAINERS_CONF": str(containers),
+            "CONTAINERS_STORAGE_CONF": str(storage),
+            "HOME": str(self.setting.below("home")),
+            "XDG_RUNTIME_DIR": str(self.setting.below("runtime")),
+        }
+        if self._account:
+            for each in (directory, *directory.rglob("*")):
+                os.chown(each, self._account.uid, self._account.uid)
+        self.client("import", str(self.setting.layer), images.NAME)
+
+    def down(self) -> None:
+        self.client("system", "migrate")  # ends the process that keeps a user's namespace open
+        if self._account:
+            # Files of subordinate users: only their namespace may remove them.
+            self.client("unshare", "rm", "-rf", str(self.setting.directory / "graph"))
+            self.client("system", "migrate")
+
+    @property
+    def hooks_directory(self) -> Path:
+        return self.setting.below("hooks.d")
+
+    def client(self, *words: str, input_file: Path | None = None) -> str:
+        return self.place.run("/usr/bin/podman", *words, account=self._account, env=self._env, input_file=input_file)
+
+    def _cgroup(self) -> list[str]:
+        return [] if self._account else super()._cgroup()
+
+    def _user_namespace(self) -> list[str]:
+        if self._account:
+            return ["--userns=auto"]
+        mapping = f"0:{self.setting.account.first_subordinate}:65536"
+        return [f"--uidmap={mapping}", f"--gidmap={mapping}"]
+
+
+class Containerd(Engine):
+    """A containerd of its own, used by ctr; see cri.py for how Kubernetes uses it."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.socket = setting.directory / "containerd.sock"
+
+    def up(self) -> None:
+        cri = "plugins.'io.containerd.grpc.v1.cri'"
+        handlers = "".join(
+            f"[{cri}.containerd.runtimes.{name}]\n"
+            "runtime_type = 'io.containerd.runc.v2'\n"
+            "pod_annotations = ['io.mpu-notify.*']\ncontainer_annotations = ['io.mpu-notify.*']\n"
+            f"[{cri}.containerd.runtimes.{name}.options]\nBinaryName = '{path}'\n"
+            for name, path in {"runc": RUNC, **self.runtimes()}.items()
+        )
+        config = self.setting.directory / "config.toml"
+        config.write_text(
+            f"version = 2\nroot = '{self.setting.below('root')}'\nstate = '{self.setting.below('state')}'\n"
+            f"[grpc]\naddress = '{self.socket}'\n"
+            f"[{cri}]\nsandbox_image = '{images.NAME}'\nrestrict_oom_score_adj = true\n{handlers}"
+        )
+        # With user namespaces ctr forgets --runc-binary, and runc is what comes first in PATH.
+        (self.setting.below("bin") / "runc").symlink_to(self.setting.runtimes.path(Policy.ANNOTATED))
+        env = {"PATH": f"{self.setting.below('bin')}:/usr/sbin:/usr/bin:/sbin:/bin"}
+        log = self.setting.directory / "log"
+        self._daemon = Daemon(self.place, log, "/usr/bin/containerd", "--config", config, env=env)
+        self._daemon.wait_for(self.socket.exists)
+        for namespace in ("default", "k8s.io"):
+            self._ctr("--namespace", namespace, "images", "import", str(self.setting.archive))
+
+    def down(self) -> None:
+        self._daemon.stop()
+
+    def _ctr(self, *words: str) -> str:
+        return self.place.run("/usr/bin/ctr", "--address", self.socket, *words)
+
+    def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
+        options = ["--detach", "--null-io", f"--cgroup=/{self.place.cgroup}/{name}", *wish.more]
+        for source, target in (self.setting.gpu, images.GPU), (self.setting.out, images.OUT):
+            options += ["--mount", f"type=bind,src={source},dst={target},options=rbind:rw"]
+        runtime = self.runtime(wish)
+        options += ["--runc-binary", str(self.runtimes()[runtime]) if runtime else RUNC]
+        options += ["--annotation", f"{ANNOTATION}=true"] if wish.opted_in else []
+        options += [] if wish.no_new_privileges else ["--allow-new-privs"]
+        options += [] if wish.unconfined or wish.privileged else ["--seccomp"]
+        options += ["--privileged"] if wish.privileged else []
+        options += ["--read-only"] if wish.read_only else []
+        if wish.user_namespace:
+            mapping = f"0:{self.setting.account.first_subordinate}:65536"
+            options += ["--uidmap", mapping, "--gidmap", mapping]
+        if wish.pid_namespace_of:
+            options += ["--with-ns", f"pid:/proc/{wish.pid_namespace_of.host_pid}/ns/pid"]
+        image = images.NAME_AS_USER if wish.user else images.NAME
+        self._ctr("run", *options, image, name, *command)
+        return name
+
+    def exec(self, container: Container, command: Sequence[str]) -> str:
+        identifier = f"e{secrets.token_hex(6)}"
+        return self._ctr("tasks", "exec", "--exec-id", identifier, container.identifier, *command)
+
+    def restart(self, container: Container) -> Container:
+        self._ctr("tasks", "delete", "--force", container.identifier)
+        self._ctr("tasks", "start", "--detach", "--null-io", container.identifier)
+        return container
+
+    def _remove(self, name: str) -> None:
+        for words in (("tasks", "delete", "--force", name), ("containers", "delete", name)):
+            try:
+                self._ctr(*words)
+            except CommandError as error:  # noqa: PERF203 - two rounds
+                if "not found" not in str(error):
+                    raise
+
+
+class Runtime(Engine):
+    """runc or crun, with no engine above it."""
+
+    def __init__(self, setting: Setting, program: str) -> None:
+        super().__init__(setting)
+        self.program = program
+        self._programs: dict[str, str] = {}
+
+    def up(self) -> None:
+        self.place.run(self.program, "--version")
+
+    def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
+        bundle = self.setting.below(f"bundles/{name}")
+        (bundle / "config.json").write_text(json.dumps(self._spec(name, command, wish)))
+        runtime = self.runtime(wish)
+        self._programs[name] = str(self.runtimes()[runtime]) if runtime else self.program
+        self._run(name)
+        return name
+
+    def _spec(self, name: str, command: Sequence[str], wish: Wish) -> dict[str, Any]:
+        """What `runc spec` makes, so changed."""
+        directory = self.setting.below(f"specs/{name}")
+        self.place.run(RUNC, "spec", "--bundle", directory)
+        spec: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        process, linux = spec["process"], spec["linux"]
+        process |= {"terminal": False, "args": list(command), "noNewPrivileges": wish.no_new_privileges}
+        process.pop("rlimits")
+        process["user"] = {"uid": images.USER, "gid": images.USER} if wish.user else {"uid": 0, "gid": 0}
+        spec["root"] = {"path": str(self.setting.rootfs), "readonly": wish.read_only}
+        spec["mounts"] = [mount for mount in spec["mounts"] if mount["type"] != "cgroup"]
+        for source, target in (self.setting.gpu, images.GPU), (self.setting.out, images.OUT):
+            mount = {"destination": str(target), "type": "bind", "source": str(source), "options": ["rbind", "rw"]}
+            spec["mounts"].append(mount)
+        spec["annotations"] = {ANNOTATION: "true"} if wish.opted_in else {}
+        linux["cgroupsPath"] = f"/{self.place.cgroup}/{name}"
+        if not wish.unconfined:
+            linux["seccomp"] = default_profile()
+        if wish.user_namespace:
+            mapping = {"containerID": 0, "hostID": self.setting.account.first_subordinate, "size": 65536}
+            linux |= {"uidMappings": [mapping], "gidMappings": [mapping]}
+            linux["namespaces"].append({"type": "user"})
+        if wish.pid_namespace_of:
+            shared = {"type": "pid", "path": f"/proc/{wish.pid_namespace_of.host_pid}/ns/pid"}
+            linux["namespaces"] = [shared if each["type"] == "pid" else each for each in linux["namespaces"]]
+        return spec
+
+    def _run(self, name: str) -> None:
+        # In the background a container's standard output is that of the command, which nobody reads to its end.
+        bundle = self.setting.below(f"bundles/{name}")
+        log = bundle / "log"
+        script = '"$0" "$@" >"$LOG" 2>&1 || { cat "$LOG" >&2; exit 1; }'
+        words = [self._programs[name], "--root", self._root(), "run", "--detach", "--bundle", str(bundle), name]
+        self.place.run("/usr/bin/env", f"LOG={log}", "sh", "-c", script, *words)
+
+    def _root(self) -> str:
+        return str(self.setting.below("state"))
+
+    def _command(self, name: str, *words: str) -> str:
+        return self.place.run(self._programs[name], "--root", self._root(), *words)
+
+    def exec(self, container: Container, command: Sequence[str]) -> str:
+        return self._command(container.identifier, "exec", container.identifier, *command)
+
+    def restart(self, container: Container) -> Container:
+        self._remove(container.identifier)
+        self._run(container.identifier)
+        return container
+
+    def _remove(self, name: str) -> None:
+        if (self.setting.below("state") / name).exists():
+            self._command(name, "delete", "--force", name)
+
+
+def default_profile() -> dict[str, Any]:
+    """The default profile of Podman as a runtime takes it: only the rules that hold everywhere."""
+    shipped = json.loads(_PROFILE.read_text())
+    everywhere: tuple[dict[str, object], ...] = ({}, {"arches": ["amd64", "x32"]})
+    rules = [
+        {key: rule[key] for key in ("names", "action", "args", "errnoRet") if rule.get(key) is not None}
+        for rule in shipped["syscalls"]
+        if rule["includes"] in everywhere and not rule["excludes"]
+    ]
+    return {"defaultAction": shipped["defaultAction"], "architectures": ["SCMP_ARCH_X86_64"], "syscalls": rules}

@@ -1,0 +1,156 @@
+"""What was found on a GPU, and how the results tell it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from tests.gpu.rows import Judgement, Row, Verdict
+from tests.gpu.scene import Answer
+
+
+@dataclass
+class Comparison:
+    """A tool in a place: what it said under the filter, what outside, and what to think of it."""
+
+    tool: str
+    place: str
+    ours: list[Row] = field(default_factory=list)
+    drivers: list[Row] = field(default_factory=list)
+    judgement: Judgement = field(default_factory=lambda: Judgement(Verdict.FAILED))
+    tries: int = 0
+    translated: int = 0
+    raw: list[tuple[str, Answer]] = field(default_factory=list)
+
+
+@dataclass
+class Timing:
+    """One quantity with and without the filter."""
+
+    name: str
+    unit: str
+    with_filter: float | None = None
+    without: float | None = None
+    ratio: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Findings:
+    """All that the results tell."""
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    host: list[tuple[str, str]] = field(default_factory=list)  # what was checked, and what was wrong
+    timings: list[Timing] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    workers: list[str] = field(default_factory=list)
+    untranslated: list[str] = field(default_factory=list)
+
+    def good(self) -> bool:
+        bad = any(one.judgement.verdict in (Verdict.DIFFERENT, Verdict.FAILED) for one in self.comparisons)
+        return bool(self.comparisons) and not (bad or self.problems or any(wrong for _, wrong in self.host))
+
+
+def facts(*, real: bool) -> list[tuple[str, str]]:
+    """What it ran on. No host's name, and of the kernel its version only."""
+    kernel = re.match(r"[\d.]*\d", platform.release())
+    known = [
+        ("date", datetime.now(timezone.utc).date().isoformat()),
+        ("kernel", f"Linux {kernel[0] if kernel else platform.release()}"),
+        ("Python", platform.python_version()),
+    ]
+    return [*known, *(_driver() if real else [("driver", "the stand-in, era native: a rehearsal, not a result")])]
+
+
+def _driver() -> list[tuple[str, str]]:
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").splitlines()[0]
+        version = re.search(r"\d+\.\d+(?:\.\d+)?", first.partition("Module")[2])
+        flavour = "open" if "Open Kernel Module" in first else "proprietary"
+        driver = f"{version[0] if version else '?'}, {flavour} flavour"
+    except (OSError, IndexError) as error:
+        driver = f"unknown: {error}"
+    gpus = "unknown"
+    if smi := shutil.which("nvidia-smi"):
+        command = [smi, "--query-gpu=name", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+            gpus = ", ".join(done.stdout.split("\n")[:-1]) or gpus
+        except subprocess.TimeoutExpired:
+            pass
+    return [("GPU", gpus), ("driver", driver)]
+
+
+def timing_cells(timing: Timing) -> str:
+    """The cells of a timing after its name."""
+    scale = {"ms": 1e3, "us": 1e6}.get(timing.unit, 1)
+    figures = (timing.with_filter, timing.without)
+    cells = ["-" if one is None else f"{one * scale:.4g} {timing.unit}" for one in figures]
+    cells.append("-" if timing.ratio is None else f"{timing.ratio:.3f}")
+    limit = "-" if timing.limit is None else f"{timing.limit:g}"
+    if timing.limit is not None and timing.ratio is not None and timing.ratio > timing.limit:
+        limit += ": **over**"
+    return " | ".join((*cells, limit, timing.note))
+
+
+def _table(head: str, lines: Iterable[str]) -> list[str]:
+    return [f"| {head} |", "|" + " --- |" * (head.count("|") + 1), *(f"| {line} |" for line in lines), ""]
+
+
+def _rows(found: Sequence[Row]) -> list[str]:
+    return [f"    {row}" for row in found] or ["    (no rows)"]
+
+
+def text(findings: Findings, known: list[tuple[str, str]]) -> str:
+    """The results, as Markdown."""
+    lines = ["# Our answers and the driver's own, on a real GPU", ""]
+    lines += _table("what | which", (f"{what} | {which}" for what, which in known))
+    lines += [
+        "On a driver that translates PIDs by itself, its own answer is the oracle for ours. Each tool is asked twice",
+        "in the same PID namespace: under the filter of `mpu-notify run --translate always`, and outside the filter",
+        "(entered by nsenter). *equal*: the same rows. *explained*: they differ, and it is known which is right and",
+        "why (below). Where both agree they also agree with the truth: the PIDs that the processes themselves told,",
+        "and at least the memory that they allocated. Repeat it as root with `python tests/gpu/oracle.py`.",
+        "",
+        *_table("GPU process | allocated | PID, from the host's to that in its own namespace", findings.workers),
+        "## Comparison",
+        "",
+    ]
+    places = list(dict.fromkeys(one.place for one in findings.comparisons))
+    cells: dict[str, list[str]] = {}
+    for one in findings.comparisons:
+        again = f", asked {one.tries} times" if one.tries > 1 else ""
+        count = f"{len(one.ours)} rows, {one.translated} calls translated{again}"
+        cells.setdefault(one.tool, []).append(f"{one.judgement.verdict.value} ({count})")
+    lines += _table(" | ".join(["tool", *places]), (" | ".join([f"`{tool}`", *each]) for tool, each in cells.items()))
+    for one in findings.comparisons:
+        lines += _detail(one)
+    lines += ["## On the host, unaided", ""]
+    lines += _table(
+        "tool | every process of the scene by its host PID", (f"`{a}` | {b or 'yes'}" for a, b in findings.host)
+    )
+    lines += ["## Speed", ""]
+    head = "what | with the filter | without | ratio | limit | note"
+    lines += _table(head, (f"{one.name} | {timing_cells(one)}" for one in findings.timings))
+    lines += ["Medians; the ratio is the median over interleaved pairs in alternate order.", ""]
+    lines += ["## Calls that were left untranslated, and problems", ""]
+    lines += [f"- {one}" for one in (*findings.untranslated, *findings.problems)] or ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _detail(one: Comparison) -> list[str]:
+    """Both sides, where they are not equal."""
+    verdict, why = one.judgement
+    if verdict is Verdict.EQUAL:
+        return []
+    sides = [] if verdict is Verdict.NOT_INSTALLED else ["Ours:", "", *_rows(one.ours), ""]
+    if sides:
+        sides += ["The driver's own:", "", *_rows(one.drivers), ""]
+    return [f"### {one.place}: {one.tool}: {verdict.value}", "", why, "", *sides]

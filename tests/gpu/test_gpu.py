@@ -1,0 +1,24 @@
+"""Our answers and the driver's own agree: on a real GPU, and the rehearsal of that on the stand-in driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import oracle
+from tests.gpu.scene import CONTROL_NODE
+
+
+@pytest.mark.timeout(480)
+@pytest.mark.skipif(not CONTROL_NODE.exists(), reason=f"no NVIDIA driver here: there is no {CONTROL_NODE}")
+def test_no_unexplained_difference_on_the_gpu(tmp_path: Path) -> None:
+    findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=False)
+    assert findings.good(), oracle.results_text(findings, real=True)
+
+
+def test_rehearsal_on_the_stand_in(tmp_path: Path) -> None:
+    findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=True)
+    assert findings.good(), oracle.results_text(findings, real=False)
+    assert len(findings.comparisons) == 6
+    assert "a rehearsal" in (tmp_path / "results.md").read_text()

@@ -1,0 +1,854 @@
+/*
+ * A program that makes RM controls in every way that a program can, good and bad, and says what it got.
+ *
+ *     caller DIRECTORY CASE
+ *
+ * DIRECTORY has the stand-in's nodes. Output: one line per call, "ret= errno= status= buffers=", or for a case that
+ * succeeds the process ids, as "pids= 2". What is printed is the same for the same answer, whoever gave it.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define RM_CONTROL 0xC020462AUL
+#define RM_ALLOC 0xC020462BUL
+#define XFER 0xC01046D3UL
+#define GET_PIDS 0x2080018Du
+#define GET_PID_INFO 0x2080018Eu
+#define PIDS_SIZE 3812u
+#define INFO_SIZE 14408u
+#define PAGE 4096u
+
+struct nvos54 {
+    uint32_t client, object, cmd, flags;
+    uint64_t params;
+    uint32_t size, status;
+};
+
+struct nvos21 {
+    uint32_t root, parent, object, class;
+    uint64_t params;
+    uint32_t size, status;
+};
+
+struct xfer {
+    uint32_t cmd, size;
+    uint64_t ptr;
+};
+
+/* Where the calls of a case are made from: low addresses, so that the 32-bit ABI can pass them. */
+struct place {
+    struct nvos54 call;
+    struct xfer xfer;
+    uint8_t params[16384];
+};
+
+struct gpu {
+    int control, node;
+    uint32_t client, device, subdevice;
+};
+
+static void die(const char *what)
+{
+    fprintf(stderr, "caller: %s: %s\n", what, strerror(errno));
+    exit(3);
+}
+
+static uint32_t rm_alloc(int fd, uint32_t root, uint32_t parent, uint32_t handle, uint32_t class, void *params)
+{
+    struct nvos21 call = {root, parent, handle, class, (uintptr_t)params, 0, 0};
+
+    if (ioctl(fd, RM_ALLOC, &call))
+        die("RM_ALLOC");
+    if (call.status) {
+        fprintf(stderr, "caller: RM_ALLOC class 0x%x: status 0x%x\n", class, call.status);
+        exit(3);
+    }
+    return call.object;
+}
+
+static int open_node(const char *directory, const char *name, int flags)
+{
+    char path[256];
+    int fd;
+
+    snprintf(path, sizeof(path), "%s/%s", directory, name);
+    fd = open(path, flags);
+    if (fd < 0)
+        die(path);
+    return fd;
+}
+
+static struct gpu come_up(const char *directory)
+{
+    uint8_t device_params[56] = {0};
+    uint32_t subdevice_params = 0;
+    struct gpu gpu;
+
+    gpu.control = open_node(directory, "nvidiactl", O_RDWR);
+    gpu.node = open_node(directory, "nvidia0", O_RDWR);
+    gpu.client = rm_alloc(gpu.control, 0, 0, 0, 0x41, NULL);
+    gpu.device = rm_alloc(gpu.control, gpu.client, gpu.client, 0xA0000001, 0x80, device_params);
+    gpu.subdevice = rm_alloc(gpu.control, gpu.client, gpu.device, 0xA0000002, 0x2080, &subdevice_params);
+    return gpu;
+}
+
+static struct place *make_place(void)
+{
+    struct place *place = mmap((void *)0x20000000, (sizeof(struct place) + PAGE) & ~(PAGE - 1), PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+
+    if (place == MAP_FAILED)
+        die("mmap");
+    memset(place, 0xEE, sizeof(*place));
+    return place;
+}
+
+static void put32(uint8_t *at, uint32_t value)
+{
+    memcpy(at, &value, 4);
+}
+
+static uint32_t get32(const uint8_t *at)
+{
+    uint32_t value;
+
+    memcpy(&value, at, 4);
+    return value;
+}
+
+/* GET_PIDS of every process with a subdevice of this GPU: at least ourselves. */
+static void ask_pids(const struct gpu *gpu, struct place *place)
+{
+    place->call = (struct nvos54){gpu->client, gpu->subdevice, GET_PIDS, 0, (uintptr_t)place->params, PIDS_SIZE, 99};
+    put32(place->params, 0);
+    put32(place->params + 4, 0x2080);
+}
+
+static void ask_info(const struct gpu *gpu, struct place *place, uint32_t count, uint32_t pid)
+{
+    place->call =
+        (struct nvos54){gpu->client, gpu->subdevice, GET_PID_INFO, 0, (uintptr_t)place->params, INFO_SIZE, 99};
+    memset(place->params, 0, sizeof(place->params));
+    put32(place->params, count);
+    for (uint32_t i = 0; i < count && i < 200; i++)
+        put32(place->params + 8 + i * 72, pid);
+}
+
+static uint32_t digest(const void *data, size_t size)
+{
+    const uint8_t *bytes = data;
+    uint32_t hash = 2166136261u;
+
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ bytes[i]) * 16777619u;
+    return hash;
+}
+
+/* The buffers without what differs between two runs of the same thing: handles. */
+static void say(long ret, int error, const struct place *place)
+{
+    printf("ret=%ld errno=%d status=0x%x size=%u flags=%u buffers=%08x\n", ret, ret < 0 ? error : 0, place->call.status,
+           place->call.size, place->call.flags, digest(place->params, sizeof(place->params)));
+}
+
+static void say_pids(long ret, int error, const struct place *place)
+{
+    uint32_t count = get32(place->params + 8);
+
+    if (ret || place->call.status) {
+        say(ret, error, place);
+        return;
+    }
+    printf("pids=");
+    for (uint32_t i = 0; i < count && i < 950; i++)
+        printf(" %u", get32(place->params + 12 + 4 * i));
+    printf("\n");
+}
+
+static void call(int fd, unsigned long cmd, void *argument, const struct place *place)
+{
+    long ret = syscall(SYS_ioctl, fd, cmd, argument);
+
+    say(ret, errno, place);
+}
+
+static void call_pids(int fd, unsigned long cmd, void *argument, const struct place *place)
+{
+    long ret = syscall(SYS_ioctl, fd, cmd, argument);
+
+    say_pids(ret, errno, place);
+}
+
+/* ---- bad pointers: the argument is put where it is not wholly mapped, or not writable ---- */
+
+static uint8_t *pages(unsigned count)
+{
+    uint8_t *start = mmap(NULL, (count + 1) * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (start == MAP_FAILED)
+        die("mmap");
+    munmap(start + count * PAGE, PAGE);
+    return start;
+}
+
+static void case_null_nvos54(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(gpu->control, RM_CONTROL, NULL, place);
+}
+
+static void case_unmapped_nvos54(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(gpu->control, RM_CONTROL, pages(1) + PAGE, place);
+}
+
+static void case_half_mapped_nvos54(struct gpu *gpu, struct place *place)
+{
+    uint8_t *end = pages(1) + PAGE;
+
+    ask_pids(gpu, place);
+    memcpy(end - 16, &place->call, 16);
+    call(gpu->control, RM_CONTROL, end - 16, place);
+}
+
+static void case_readonly_nvos54(struct gpu *gpu, struct place *place)
+{
+    uint8_t *page = pages(1);
+    long ret;
+
+    ask_pids(gpu, place);
+    memcpy(page, &place->call, sizeof(place->call));
+    mprotect(page, PAGE, PROT_READ);
+    ret = ioctl(gpu->control, RM_CONTROL, page);
+    /* whether params were written before NVOS54 failed is the driver's affair; NVOS54 itself must be as it was */
+    printf("ret=%ld errno=%d same=%d\n", ret, errno, memcmp(page, &place->call, sizeof(place->call)) == 0);
+}
+
+static void case_noaccess_nvos54(struct gpu *gpu, struct place *place)
+{
+    uint8_t *page = pages(1);
+
+    ask_pids(gpu, place);
+    memcpy(page, &place->call, sizeof(place->call));
+    mprotect(page, PAGE, PROT_NONE);
+    call(gpu->control, RM_CONTROL, page, place);
+}
+
+static void case_null_params(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    place->call.params = 0;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_unmapped_params(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    place->call.params = (uintptr_t)pages(1) + PAGE;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_half_mapped_params(struct gpu *gpu, struct place *place)
+{
+    uint8_t *end = pages(1) + PAGE;
+
+    ask_pids(gpu, place);
+    memcpy(end - 100, place->params, 100);
+    place->call.params = (uintptr_t)(end - 100);
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_kernel_params(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    place->call.params = 0xffffffff81000000;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void readonly_params(struct gpu *gpu, struct place *place, int protection)
+{
+    uint8_t *page = pages(1);
+    long ret;
+
+    ask_pids(gpu, place);
+    memcpy(page, place->params, PIDS_SIZE);
+    place->call.params = (uintptr_t)page;
+    mprotect(page, PAGE, protection);
+    ret = ioctl(gpu->control, RM_CONTROL, &place->call);
+    printf("ret=%ld errno=%d status=0x%x\n", ret, ret < 0 ? errno : 0, place->call.status);
+    mprotect(page, PAGE, PROT_READ);
+    printf("same=%d\n", memcmp(page, place->params, PIDS_SIZE) == 0);
+}
+
+static void case_readonly_params(struct gpu *gpu, struct place *place)
+{
+    readonly_params(gpu, place, PROT_READ);
+}
+
+static void case_noaccess_params(struct gpu *gpu, struct place *place)
+{
+    readonly_params(gpu, place, PROT_NONE);
+}
+
+/* ---- bad values ---- */
+
+static void with_size(struct gpu *gpu, struct place *place, uint32_t size)
+{
+    ask_pids(gpu, place);
+    place->call.size = size;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_size_zero(struct gpu *gpu, struct place *place)
+{
+    with_size(gpu, place, 0);
+}
+
+static void case_size_wrong(struct gpu *gpu, struct place *place)
+{
+    with_size(gpu, place, PIDS_SIZE + 4);
+}
+
+static void case_size_huge(struct gpu *gpu, struct place *place)
+{
+    with_size(gpu, place, 0xFFFFFFFF);
+}
+
+static void case_flags(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    place->call.flags = 2;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_unknown_cmd(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    place->call.cmd = 0x2080FFF0;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_bad_client(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    place->call.client ^= 0x01010101;
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_id_type(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    put32(place->params, 7);
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_count_over(struct gpu *gpu, struct place *place)
+{
+    ask_info(gpu, place, 201, 1);
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_count_huge(struct gpu *gpu, struct place *place)
+{
+    ask_info(gpu, place, 0xFFFFFFFF, 1);
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+static void case_count_zero(struct gpu *gpu, struct place *place)
+{
+    ask_info(gpu, place, 0, 0);
+    call(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+/* ---- bad files ---- */
+
+static void case_other_file(struct gpu *gpu, struct place *place)
+{
+    int other = open("/dev/null", O_RDWR);
+
+    ask_pids(gpu, place);
+    call(other, RM_CONTROL, &place->call, place);
+}
+
+static void case_gpu_node(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(gpu->node, RM_CONTROL, &place->call, place);
+}
+
+static void case_closed_file(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(dup(gpu->control) + 50, RM_CONTROL, &place->call, place);
+    call(-1, RM_CONTROL, &place->call, place);
+}
+
+static const char *directory_argument; /* for the cases that open another file */
+
+static void case_path_file(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(open_node(directory_argument, "nvidiactl", O_PATH), RM_CONTROL, &place->call, place);
+}
+
+static void case_another_open_file(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(open_node(directory_argument, "nvidiactl", O_RDWR), RM_CONTROL, &place->call, place);
+}
+
+/* ---- wrapped calls that the driver refuses or takes ---- */
+
+static void with_xfer(struct gpu *gpu, struct place *place, uint32_t cmd, uint32_t size, void *inner)
+{
+    long ret;
+
+    ask_pids(gpu, place);
+    place->xfer = (struct xfer){cmd, size, (uintptr_t)inner};
+    ret = ioctl(gpu->control, XFER, &place->xfer);
+    say_pids(ret, errno, place);
+}
+
+static void case_xfer_bad_size(struct gpu *gpu, struct place *place)
+{
+    with_xfer(gpu, place, 0x2A, 40, &place->call);
+}
+
+static void case_xfer_bad_pointer(struct gpu *gpu, struct place *place)
+{
+    with_xfer(gpu, place, 0x2A, 32, NULL);
+}
+
+static void case_xfer_null(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call(gpu->control, XFER, NULL, place);
+}
+
+static void case_xfer(struct gpu *gpu, struct place *place)
+{
+    with_xfer(gpu, place, 0x2A, 32, &place->call);
+}
+
+static void case_xfer_high_cmd(struct gpu *gpu, struct place *place)
+{
+    with_xfer(gpu, place, 0x12A, 32, &place->call);
+}
+
+/* ---- calls that succeed, made in unusual ways ---- */
+
+static void case_plain(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call_pids(gpu->control, RM_CONTROL, &place->call, place);
+}
+
+/* A list that nobody is on: of a class that no chip has. What was behind the count must be gone. */
+static void case_empty(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    put32(place->params + 4, 0xFFC0);
+    call_pids(gpu->control, RM_CONTROL, &place->call, place);
+    printf("tail=%x\n", get32(place->params + 12));
+}
+
+static void case_high_bits(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call_pids(gpu->control, 0xFFFFFFFF00000000UL | RM_CONTROL, &place->call, place);
+}
+
+static void case_other_type(struct gpu *gpu, struct place *place)
+{
+    ask_pids(gpu, place);
+    call_pids(gpu->control, 0xC020992AUL, &place->call, place);
+}
+
+#if defined(__x86_64__)
+static void case_int80(struct gpu *gpu, struct place *place)
+{
+    long ret;
+
+    ask_pids(gpu, place);
+    __asm__ volatile("int $0x80"
+                     : "=a"(ret)
+                     : "a"(54), "b"(gpu->control), "c"((uint32_t)RM_CONTROL), "d"((uint32_t)(uintptr_t)&place->call)
+                     : "memory", "r8", "r9", "r10", "r11");
+    say_pids(ret < 0 ? -1 : ret, (int)-ret, place);
+}
+
+/* The kernel uses the low halves of the registers only. */
+static void case_int80_garbage(struct gpu *gpu, struct place *place)
+{
+    uint64_t garbage = UINT64_C(0x5555555500000000);
+    long ret;
+
+    ask_pids(gpu, place);
+    __asm__ volatile("int $0x80"
+                     : "=a"(ret)
+                     : "a"(54), "b"(garbage | (uint32_t)gpu->control), "c"(garbage | (uint32_t)RM_CONTROL),
+                       "d"(garbage | (uint32_t)(uintptr_t)&place->call)
+                     : "memory", "r8", "r9", "r10", "r11");
+    say_pids(ret < 0 ? -1 : ret, (int)-ret, place);
+}
+
+static void case_x32(struct gpu *gpu, struct place *place)
+{
+    long ret;
+
+    ask_pids(gpu, place);
+    ret = syscall(0x40000000 + 514, gpu->control, RM_CONTROL, &place->call);
+    say_pids(ret, errno, place);
+}
+#endif
+
+struct work {
+    struct gpu *gpu;
+    struct place *place;
+};
+
+static void *thread_plain(void *argument)
+{
+    struct work *work = argument;
+
+    case_plain(work->gpu, work->place);
+    return NULL;
+}
+
+static void in_thread(struct gpu *gpu, struct place *place, void *(*body)(void *))
+{
+    struct work work = {gpu, place};
+    pthread_t thread;
+
+    if (pthread_create(&thread, NULL, body, &work))
+        die("pthread_create");
+    pthread_join(thread, NULL);
+}
+
+static void case_thread(struct gpu *gpu, struct place *place)
+{
+    in_thread(gpu, place, thread_plain);
+}
+
+/* A thread whose files are no longer those of its process: fd 200 exists only in it. */
+static void *thread_unshared(void *argument)
+{
+    struct work *work = argument;
+    struct gpu own = *work->gpu;
+
+    if (unshare(CLONE_FILES))
+        die("unshare");
+    own.control = dup2(work->gpu->control, 200);
+    close(work->gpu->control);
+    case_plain(&own, work->place);
+    return NULL;
+}
+
+static void case_unshared_files(struct gpu *gpu, struct place *place)
+{
+    in_thread(gpu, place, thread_unshared);
+}
+
+static void wait_for(pid_t pid)
+{
+    int status;
+
+    if (waitpid(pid, &status, 0) != pid || status)
+        die("child");
+}
+
+static void case_fork(struct gpu *gpu, struct place *place)
+{
+    pid_t pid = fork();
+
+    if (pid == 0) {
+        case_plain(gpu, place);
+        fflush(stdout);
+        _exit(0);
+    }
+    wait_for(pid);
+}
+
+static void case_vfork(struct gpu *gpu, struct place *place)
+{
+    pid_t pid;
+
+    ask_pids(gpu, place);
+    pid = vfork();
+    if (pid == 0) {
+        syscall(SYS_ioctl, gpu->control, RM_CONTROL, &place->call);
+        _exit(0);
+    }
+    wait_for(pid);
+    say_pids(0, 0, place);
+}
+
+static void case_setuid(struct gpu *gpu, struct place *place)
+{
+    if (setresgid(65534, 65534, 65534) || setresuid(65534, 65534, 65534))
+        die("setresuid");
+    case_plain(gpu, place);
+}
+
+static void on_alarm(int signal)
+{
+    (void)signal;
+}
+
+/* A signal each millisecond with SA_RESTART: every call succeeds or says EINTR, and nothing hangs. */
+static void case_signals(struct gpu *gpu, struct place *place)
+{
+    struct sigaction action = {.sa_handler = on_alarm, .sa_flags = SA_RESTART};
+    struct itimerval timer = {{0, 1000}, {0, 1000}};
+    unsigned good = 0, interrupted = 0;
+
+    sigaction(SIGALRM, &action, NULL);
+    setitimer(ITIMER_REAL, &timer, NULL);
+    for (int i = 0; i < 500; i++) {
+        ask_pids(gpu, place);
+        if (ioctl(gpu->control, RM_CONTROL, &place->call)) {
+            if (errno != EINTR)
+                die("ioctl");
+            interrupted++;
+        } else if (place->call.status == 0 && get32(place->params + 8) == 1 &&
+                   get32(place->params + 12) == (uint32_t)getpid()) {
+            good++;
+        }
+    }
+    timer = (struct itimerval){0};
+    setitimer(ITIMER_REAL, &timer, NULL);
+    printf("good_or_interrupted=%u good_some=%d\n", good + interrupted, good > 0);
+}
+
+/* A second thread execs while the first is in the call. */
+static void *thread_pending(void *argument)
+{
+    struct work *work = argument;
+
+    ask_pids(work->gpu, work->place);
+    while (ioctl(work->gpu->control, RM_CONTROL, &work->place->call) == 0)
+        continue;
+    return NULL;
+}
+
+static void case_exec(struct gpu *gpu, struct place *place)
+{
+    struct work work = {gpu, place};
+    pthread_t thread;
+
+    if (pthread_create(&thread, NULL, thread_pending, &work))
+        die("pthread_create");
+    usleep(20000);
+    execl("/bin/echo", "echo", "executed", NULL);
+    die("execl");
+}
+
+static void say_info(long ret, int error, const struct place *place)
+{
+    if (ret || place->call.status) {
+        say(ret, error, place);
+        return;
+    }
+    for (uint32_t i = 0; i < get32(place->params); i++) {
+        const uint8_t *entry = place->params + 8 + 72 * i;
+        uint64_t memory;
+
+        memcpy(&memory, entry + 16, 8);
+        printf("pid=%u result=0x%x private=%llu\n", get32(entry), get32(entry + 8), (unsigned long long)memory);
+    }
+}
+
+static void case_own_info(struct gpu *gpu, struct place *place)
+{
+    long ret;
+
+    ask_info(gpu, place, 1, (uint32_t)getpid());
+    ret = ioctl(gpu->control, RM_CONTROL, &place->call);
+    say_info(ret, errno, place);
+}
+
+/* A call after each byte on standard input, GET_PID_INFO for an i: a test decides when, and ends it by closing it. */
+static void case_on_demand(struct gpu *gpu, struct place *place)
+{
+    char byte;
+
+    printf("up\n");
+    fflush(stdout);
+    while (read(0, &byte, 1) == 1) {
+        if (byte == 'i')
+            case_own_info(gpu, place);
+        else
+            case_plain(gpu, place);
+        fflush(stdout);
+    }
+}
+
+/* As on_demand, but the control node's fd is closed by another thread as soon as the byte is in. */
+static void *thread_closer(void *argument)
+{
+    char byte;
+
+    if (read(0, &byte, 1) == 1)
+        close(((struct work *)argument)->gpu->control);
+    return NULL;
+}
+
+static void *thread_replacer(void *argument)
+{
+    char byte;
+
+    if (read(0, &byte, 1) == 1)
+        dup2(open("/dev/null", O_RDWR), ((struct work *)argument)->gpu->control);
+    return NULL;
+}
+
+static void call_beside(struct gpu *gpu, struct place *place, void *(*body)(void *))
+{
+    struct work work = {gpu, place};
+    pthread_t thread;
+
+    if (pthread_create(&thread, NULL, body, &work))
+        die("pthread_create");
+    printf("up\n");
+    fflush(stdout);
+    case_own_info(gpu, place);
+    fflush(stdout);
+    pthread_join(thread, NULL);
+}
+
+static void *thread_protector(void *argument)
+{
+    struct work *work = argument;
+    char byte;
+
+    if (read(0, &byte, 1) == 1)
+        mprotect(work->place, sizeof(*work->place), PROT_READ);
+    return NULL;
+}
+
+static void case_protected_while_pending(struct gpu *gpu, struct place *place)
+{
+    call_beside(gpu, place, thread_protector);
+}
+
+static void case_closed_while_pending(struct gpu *gpu, struct place *place)
+{
+    call_beside(gpu, place, thread_closer);
+}
+
+static void case_replaced_while_pending(struct gpu *gpu, struct place *place)
+{
+    call_beside(gpu, place, thread_replacer);
+}
+
+/* What the driver says of the process ids given after the case's name. */
+static char **arguments;
+
+static void case_info(struct gpu *gpu, struct place *place)
+{
+    uint32_t count = 0;
+    long ret;
+
+    ask_info(gpu, place, 0, 0);
+    for (char **at = arguments; *at && count < 200; at++, count++)
+        put32(place->params + 8 + 72 * count, (uint32_t)strtoul(*at, NULL, 10));
+    put32(place->params, count);
+    ret = ioctl(gpu->control, RM_CONTROL, &place->call);
+    say_info(ret, errno, place);
+}
+
+struct named_case {
+    const char *name;
+    void (*run)(struct gpu *gpu, struct place *place);
+};
+
+#define CASE(name) {#name, case_##name}
+
+static const struct named_case CASES[] = {
+    CASE(null_nvos54),
+    CASE(unmapped_nvos54),
+    CASE(half_mapped_nvos54),
+    CASE(readonly_nvos54),
+    CASE(noaccess_nvos54),
+    CASE(null_params),
+    CASE(unmapped_params),
+    CASE(half_mapped_params),
+    CASE(kernel_params),
+    CASE(readonly_params),
+    CASE(noaccess_params),
+    CASE(size_zero),
+    CASE(size_wrong),
+    CASE(size_huge),
+    CASE(flags),
+    CASE(unknown_cmd),
+    CASE(bad_client),
+    CASE(id_type),
+    CASE(count_over),
+    CASE(count_huge),
+    CASE(count_zero),
+    CASE(other_file),
+    CASE(gpu_node),
+    CASE(closed_file),
+    CASE(path_file),
+    CASE(another_open_file),
+    CASE(xfer_bad_size),
+    CASE(xfer_bad_pointer),
+    CASE(xfer_null),
+    CASE(xfer),
+    CASE(xfer_high_cmd),
+    CASE(plain),
+    CASE(high_bits),
+    CASE(empty),
+    CASE(other_type),
+#if defined(__x86_64__)
+    CASE(int80),
+    CASE(int80_garbage),
+    CASE(x32),
+#endif
+    CASE(thread),
+    CASE(unshared_files),
+    CASE(fork),
+    CASE(vfork),
+    CASE(setuid),
+    CASE(signals),
+    CASE(exec),
+    CASE(on_demand),
+    CASE(closed_while_pending),
+    CASE(protected_while_pending),
+    CASE(replaced_while_pending),
+    CASE(info),
+};
+
+int main(int argc, char **argv)
+{
+    struct place *place;
+    struct gpu gpu;
+
+    if (argc < 3)
+        return 2;
+    directory_argument = argv[1];
+    arguments = argv + 3;
+    place = make_place();
+    gpu = come_up(argv[1]);
+    for (size_t i = 0; i < sizeof(CASES) / sizeof(CASES[0]); i++)
+        if (strcmp(argv[2], CASES[i].name) == 0) {
+            CASES[i].run(&gpu, place);
+            return 0;
+        }
+    fprintf(stderr, "caller: no case %s\n", argv[2]);
+    return 2;
+}

@@ -1,0 +1,318 @@
+"""The daemon: containers attach by the agent's socket, supervisors come and go, and nobody else gets in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import StartStandIn
+from .harness import SECONDS, Caller, caller_host_pid, eventually, under_filter
+
+STATE = {"ociVersion": "1.1.0", "fds": ["seccompFd"], "pid": 1, "state": {"id": "one", "status": "creating"}}
+READY = re.compile(r"READY socket=(\S+) monitor=(\d+) supervisor=(\d+)")
+
+
+class Daemon:
+    """`mpu-notify serve` on a socket of a test's own."""
+
+    def __init__(self, directory: Path, node: Path) -> None:
+        self.socket = directory / "agent.sock"
+        self.log = directory / "log"
+        self.node = node
+        self.start()
+
+    def start(self, **environment: str) -> None:
+        """Start it, or start it again beside its monitor."""
+        command = ["mpu-notify", "serve", "--listen", self.socket, "--device", self.node, "--log-level", "debug"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment}
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        ready = READY.match(line)
+        assert ready, (line, self.log.read_text())
+        assert ready[1] == str(self.socket)
+        self.monitor = int(ready[2])
+        assert int(ready[3]) == self.process.pid
+
+    def send(self, data: bytes, *fds: int) -> None:
+        """Be a runtime: one message with its files, then the end."""
+        with socket.socket(socket.AF_UNIX) as runtime:
+            runtime.connect(str(self.socket))
+            if fds:
+                socket.send_fds(runtime, [data], list(fds))
+            elif data:
+                runtime.sendall(data)
+
+    def attach(self, caller: Caller) -> None:
+        self.send(json.dumps(STATE).encode(), caller.listener)
+
+    def says(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+    def monitor_fds(self) -> int:
+        return len(list(Path(f"/proc/{self.monitor}/fd").iterdir()))
+
+    def end(self) -> None:
+        """End both, the monitor even where a test killed its supervisor."""
+        with self.process:
+            self.process.terminate()
+        name = Path(f"/proc/{self.monitor}/comm")
+        if name.exists() and name.read_text().startswith("mpu-notify-moni"):
+            os.kill(self.monitor, signal.SIGTERM)
+        eventually(lambda: not self.socket.exists(), "the monitor ended and took its socket away")
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, standin: StartStandIn) -> Iterator[Daemon]:
+    started = Daemon(tmp_path, standin("--era", "host").control_node)
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def caller(daemon: Daemon, caller_program: Path) -> Iterator[Caller]:
+    """A caller whose filter nobody has been given yet."""
+    with under_filter(caller_program, daemon.node.parent, "on_demand") as one:
+        yield one
+
+
+def ask(caller: Caller) -> str:
+    caller.poke()
+    return caller.line()
+
+
+def untranslated(caller: Caller) -> str:
+    return f"pids= {caller_host_pid(caller)}"
+
+
+def up(caller: Caller) -> None:
+    caller.go()
+    assert caller.line() == "up"
+
+
+def test_a_container_that_attaches_sees_its_own_pids(daemon: Daemon, caller: Caller) -> None:
+    daemon.attach(caller)
+    up(caller)
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+    assert daemon.says("container=one")
+
+
+def test_a_container_is_known_by_our_metadata(daemon: Daemon, caller: Caller) -> None:
+    metadata = json.dumps({"container": "blue", "route": "shim"})
+    daemon.send(json.dumps({**STATE, "metadata": metadata}).encode(), caller.listener)
+    eventually(lambda: daemon.says("container=blue") and daemon.says("route=shim"), "it is attached by its name")
+
+
+def test_a_container_attaches_without_a_supervisor_and_is_translated_when_one_comes(
+    daemon: Daemon, caller: Caller
+) -> None:
+    daemon.process.kill()
+    daemon.process.wait()
+    daemon.attach(caller)
+    up(caller)
+    assert ask(caller) == untranslated(caller)
+    daemon.start()
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+
+
+def test_a_supervisor_that_is_killed_and_started_again_takes_its_containers_over(
+    daemon: Daemon, caller: Caller
+) -> None:
+    daemon.attach(caller)
+    up(caller)
+    monitor = daemon.monitor
+    for _ in range(3):
+        eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+        daemon.process.kill()
+        daemon.process.wait()
+        assert ask(caller) == untranslated(caller)
+        daemon.start()
+        assert daemon.monitor == monitor, "the monitor went on"
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+
+
+def test_a_second_supervisor_takes_the_place_of_the_first(daemon: Daemon, caller: Caller) -> None:
+    daemon.attach(caller)
+    up(caller)
+    first = daemon.process
+    daemon.start()
+    assert first.wait(SECONDS) == 1
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (b"nonsense", "no JSON object"),
+        (json.dumps(STATE).encode(), "no seccomp listener"),
+        (b"{" + b" " * (1 << 20) + b"}", "over 1 MiB"),
+    ],
+    ids=["nonsense", "no listener", "oversized"],
+)
+def test_a_message_that_is_refused_harms_nobody(daemon: Daemon, caller: Caller, message: bytes, why: str) -> None:
+    before = daemon.monitor_fds()
+    with contextlib.suppress(BrokenPipeError):  # refused before all of it was sent
+        daemon.send(message)
+    eventually(lambda: daemon.says(why), "the refusal is logged")
+    assert daemon.monitor_fds() == before
+    daemon.attach(caller)
+    up(caller)
+    eventually(lambda: ask(caller) == "pids= 1", "the next container attaches")
+
+
+def test_files_that_come_with_a_refused_message_are_closed(daemon: Daemon) -> None:
+    before = daemon.monitor_fds()
+    with Path("/dev/null").open("rb") as one, Path("/dev/zero").open("rb") as other:
+        daemon.send(json.dumps(STATE).encode(), one.fileno(), other.fileno())
+    eventually(lambda: daemon.says("no seccomp listener"), "the refusal is logged")
+    assert daemon.monitor_fds() == before
+
+
+def test_a_listener_with_a_message_that_is_no_json_is_refused(daemon: Daemon, caller: Caller) -> None:
+    before = daemon.monitor_fds()
+    daemon.send(b"nonsense", caller.listener)
+    eventually(lambda: daemon.says("no JSON object"), "the refusal is logged")
+    assert daemon.monitor_fds() == before
+
+
+def test_a_slow_message_is_refused_and_holds_up_nobody(daemon: Daemon, caller: Caller) -> None:
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(daemon.socket))
+        slow.sendall(b"{")
+        daemon.attach(caller)
+        up(caller)
+        eventually(lambda: ask(caller) == "pids= 1", "another container attaches meanwhile")
+        eventually(lambda: daemon.says("did not come within 5 seconds"), "the slow one is refused")
+
+
+def test_whoever_only_looks_whether_it_is_there_is_not_complained_of(daemon: Daemon, caller: Caller) -> None:
+    daemon.send(b"")
+    daemon.attach(caller)
+    up(caller)
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+    assert not daemon.says("refused")
+
+
+_CONNECT = """
+import contextlib, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    s.sendall(b"{}")
+    s.shutdown(socket.SHUT_WR)
+    s.recv(1)
+"""
+
+
+def test_a_process_in_another_pid_namespace_does_not_get_in(daemon: Daemon) -> None:
+    """As a container's root with the socket mounted is."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", _CONNECT, str(daemon.socket)]
+    subprocess.run(command, check=True, timeout=SECONDS)
+    eventually(lambda: daemon.says("neither root nor our user in our PID namespace"), "the refusal is logged")
+
+
+def test_another_user_does_not_get_in_even_where_the_socket_is_open_to_all(daemon: Daemon) -> None:
+    for directory in (daemon.socket, *daemon.socket.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o007)
+    command = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "python3",
+        "-c",
+        _CONNECT,
+        str(daemon.socket),
+    ]
+    subprocess.run(command, check=True, timeout=SECONDS, env={**os.environ, "PATH": "/usr/bin:/bin"})
+    eventually(lambda: daemon.says("refused process") and daemon.says("of user 65534"), "the refusal is logged")
+
+
+def test_told_to_end_it_leaves_the_monitor_to_its_containers(daemon: Daemon, caller: Caller) -> None:
+    daemon.attach(caller)
+    up(caller)
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+    daemon.process.terminate()
+    assert daemon.process.wait(SECONDS) == 0
+    assert ask(caller) == untranslated(caller)
+    caller.end()
+    eventually(lambda: not daemon.socket.exists(), "the monitor ends with its last container")
+
+
+def test_it_ends_where_its_monitor_ends(daemon: Daemon) -> None:
+    os.kill(daemon.monitor, signal.SIGKILL)
+    assert daemon.process.wait(SECONDS) == 1
+    assert daemon.says("mpu-notify: the monitor ended")
+    daemon.start()
+
+
+def test_systemd_is_told_when_it_is_ready(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.process.terminate()
+    daemon.process.wait(SECONDS)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.settimeout(SECONDS)
+        daemon.start(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        assert notify.recv(100) == b"READY=1"
+
+
+def test_containers_come_and_go_and_leave_nothing_behind(daemon: Daemon, caller_program: Path) -> None:
+    before = daemon.monitor_fds()
+    for _ in range(4):
+        started = [under_filter(caller_program, daemon.node.parent, "plain") for _ in range(10)]
+        callers = [one.__enter__() for one in started]
+        for caller in callers:
+            daemon.attach(caller)
+        time.sleep(0.1)
+        for caller in callers:
+            caller.go()
+        assert [caller.line() for caller in callers] == ["pids= 1"] * len(callers)
+        for one in started:
+            one.__exit__(None, None, None)
+    eventually(lambda: daemon.monitor_fds() == before, "every fd is closed again")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[supervisor]\nspeed = 9\n", "supervisor.speed"),
+        ("[nonsense]\n", "[nonsense]"),
+        ("[agent]\nsoket = 'x'\n", "agent.soket"),
+        ("[supervisor]\nanswer_timeout = 'long'\n", "supervisor.answer_timeout"),
+        ("[supervisor]\ntranslate = 'never'\n", "supervisor.translate"),
+        ("[log]\nlevel = 3\n", "log.level"),
+        ("supervisor = 1\n", "supervisor"),
+        ("this is no TOML", "no TOML"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_that_names_key_and_file(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    done = subprocess.run(
+        ["mpu-notify", "serve", "--config", file], capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert named in done.stderr
+    assert str(file) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_outside_the_initial_pid_namespace_it_refuses(tmp_path: Path) -> None:
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "mpu-notify", "serve", "--listen", tmp_path / "agent.sock"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert done.returncode == 1
+    assert "not in the initial PID namespace" in done.stderr

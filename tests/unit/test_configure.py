@@ -1,0 +1,487 @@
+"""configure and unconfigure: the plans, over whatever a user may have written, and the commands on real files."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpu_notify.oci.engines import containerd, docker, dropin
+from mpu_notify.oci.engines.containerd import _toml as tomllib
+from mpu_notify.oci.engines.plan import UNDO_SUFFIX, ConfigurationError, Plan
+
+SHIM = "/opt/mpu notify/shim"
+DAEMON = "/etc/docker/daemon.json"
+CONFIG = "/etc/containerd/config.toml"
+DROP_IN = "/etc/containerd/conf.d/99-mpu-notify.toml"
+OLD, NEW = "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"
+
+
+def applied(files: Mapping[str, bytes], plan: Plan) -> dict[str, bytes]:
+    return {path: text for path, text in {**files, **plan.files}.items() if text is not None}
+
+
+# --- Docker
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=6)
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner))
+RUNTIMES = st.dictionaries(st.sampled_from(["nvidia", "crun", 'odd"}{,']), st.fixed_dictionaries({"path": st.text()}))
+
+
+@st.composite
+def daemon_json(draw: st.DrawFn) -> bytes:
+    settings = draw(
+        st.dictionaries(st.text(max_size=8).filter(lambda key: key != "default-runtime"), VALUES, max_size=4)
+    )
+    settings.pop("runtimes", None)
+    members = list(settings.items())
+    if draw(st.booleans()):
+        members.insert(draw(st.integers(0, len(members))), ("runtimes", draw(RUNTIMES)))
+    indent = draw(st.sampled_from([None, 0, 2, "\t", 4]))
+    text = json.dumps(dict(members), indent=indent, ensure_ascii=draw(st.booleans()))
+    text = draw(st.sampled_from(["", "\n", " \t"])) + text + draw(st.sampled_from(["", "\n", "\n\n  "]))
+    return text.replace("\n", draw(st.sampled_from(["\n", "\r\n"]))).encode()
+
+
+ANY_DAEMON_JSON = st.none() | st.sampled_from([b"", b" \n", b"{}", b"{\n}\n", b'{"runtimes":{}}']) | daemon_json()
+
+
+@given(ANY_DAEMON_JSON)
+def test_docker_has_the_runtime_and_all_else_as_it_was(before: bytes | None) -> None:
+    files = {} if before is None else {DAEMON: before}
+    after = applied(files, docker.configure(files, DAEMON, SHIM))
+    expected = json.loads(before) if before and before.strip() else {}
+    expected.setdefault("runtimes", {})["mpu-notify"] = {"path": SHIM}
+    assert json.loads(after[DAEMON]) == expected
+    assert b"\n" not in after[DAEMON].replace(b"\r\n", b"") or b"\r\n" not in after[DAEMON]
+
+
+@given(ANY_DAEMON_JSON)
+def test_docker_twice_is_once_and_undone_to_the_byte(before: bytes | None) -> None:
+    files = {} if before is None else {DAEMON: before}
+    after = applied(files, docker.configure(files, DAEMON, SHIM))
+    assert not docker.configure(after, DAEMON, SHIM).files
+    moved = applied(after, docker.configure(after, DAEMON, "/elsewhere"))
+    assert json.loads(moved[DAEMON])["runtimes"]["mpu-notify"] == {"path": "/elsewhere"}
+    for configured in (after, moved):
+        undone = docker.unconfigure(configured, DAEMON)
+        assert applied(configured, undone) == files
+        assert not undone.notes
+
+
+def interrupted(files: Mapping[str, bytes], plan: Plan) -> list[dict[str, bytes]]:
+    """What there may be if the machine stops on the way."""
+    steps = list(plan.files.items())
+    return [applied(files, Plan(dict(steps[:done]))) for done in range(len(steps) + 1)]
+
+
+@given(ANY_DAEMON_JSON)
+def test_docker_interrupted_anywhere(before: bytes | None) -> None:
+    files = {} if before is None else {DAEMON: before}
+    for partly in interrupted(files, docker.configure(files, DAEMON, SHIM)):
+        for undone in interrupted(partly, docker.unconfigure(partly, DAEMON)):
+            assert applied(undone, docker.unconfigure(undone, DAEMON)) == files
+
+
+@given(daemon_json())
+def test_docker_without_a_note_loses_only_our_entry(before: bytes) -> None:
+    configured = applied({DAEMON: before}, docker.configure({DAEMON: before}, DAEMON, SHIM))
+    plan = docker.unconfigure({DAEMON: configured[DAEMON]}, DAEMON)
+    expected = json.loads(before)
+    if not expected.get("runtimes", True):
+        del expected["runtimes"]
+    else:
+        assert applied({}, plan)[DAEMON] == before
+    assert json.loads(applied({}, plan)[DAEMON]) == expected
+    assert "only the entry" in plan.notes[0]
+
+
+def test_docker_keeps_the_users_own_lines_and_style() -> None:
+    before = b'{\n\t"debug" : true,\n\t"runtimes": {\n\t\t"nvidia": {"path": "n"}\n\t}\n}'
+    after = applied({}, docker.configure({DAEMON: before}, DAEMON, "/s"))[DAEMON]
+    assert after.decode() == (
+        '{\n\t"debug" : true,\n\t"runtimes": {\n\t\t"nvidia": {"path": "n"},\n'
+        '\t\t"mpu-notify": {\n\t\t\t"path": "/s"\n\t\t}\n\t}\n}'
+    )
+
+
+def test_docker_changed_since_keeps_the_change() -> None:
+    files = {DAEMON: b'{"debug": true}\n'}
+    files = applied(files, docker.configure(files, DAEMON, SHIM))
+    files[DAEMON] = files[DAEMON].replace(b"true", b"false")
+    again = docker.configure(files, DAEMON, "/elsewhere")
+    assert applied(files, docker.unconfigure(files, DAEMON)) == {DAEMON: b'{"debug": false}\n'}
+    files = applied(files, again)
+    assert applied(files, docker.unconfigure(files, DAEMON)) == {DAEMON: b'{"debug": false}\n'}
+
+
+def test_docker_gives_an_entry_of_the_users_own_back() -> None:
+    files = {DAEMON: b'{"runtimes": {"mpu-notify": {"path": "/old"}}}'}
+    configured = applied(files, docker.configure(files, DAEMON, SHIM))
+    assert json.loads(configured[DAEMON])["runtimes"]["mpu-notify"] == {"path": SHIM}
+    assert applied(configured, docker.unconfigure(configured, DAEMON)) == files
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b'{\n  "debug": true,\n}', f"{DAEMON}:3:1: "),
+        (b'{\n  "debug": yes\n}', f"{DAEMON}:2:12: "),
+        (b'{"a": "\xff"}', f"{DAEMON} is not UTF-8 at byte 7"),
+        (b"[]", f"{DAEMON}: the file is no JSON object"),
+        (b'{"runtimes": []}', f"{DAEMON}: runtimes is no JSON object"),
+    ],
+)
+def test_docker_malformed(contents: bytes, message: str) -> None:
+    for attempt in (
+        lambda: docker.configure({DAEMON: contents}, DAEMON, SHIM),
+        lambda: docker.unconfigure({DAEMON: contents}, DAEMON),
+    ):
+        with pytest.raises(ConfigurationError) as error:
+            attempt()
+        assert str(error.value).startswith(message)
+
+
+def test_docker_default_runtime_is_in_the_way_of_undoing() -> None:
+    contents = b'{"default-runtime": "mpu-notify", "runtimes": {"mpu-notify": {"path": "/s"}}}'
+    with pytest.raises(ConfigurationError, match="default-runtime is mpu-notify"):
+        docker.unconfigure({DAEMON: contents}, DAEMON)
+
+
+def test_docker_tells_of_a_default_runtime_that_is_left_out() -> None:
+    (note,) = docker.configure({DAEMON: b'{"default-runtime": "nvidia"}'}, DAEMON, SHIM).notes
+    assert "the default runtime is nvidia" in note
+
+
+# --- containerd
+
+
+def runtimes(files: Mapping[str, bytes], path: str, plugin: str) -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads(files[path].decode())["plugins"][plugin]["containerd"]["runtimes"]
+    return found
+
+
+@st.composite
+def config_toml(draw: st.DrawFn) -> bytes:
+    version = draw(st.sampled_from([2, 3]))
+    plugin = OLD if version == 2 else NEW
+    head = [
+        "# imports = ['/not/this']",
+        f"version = {version}\t# yes",
+        'root = "/var/lib/containerd"',
+        "",
+        draw(
+            st.sampled_from(
+                [
+                    "",
+                    "imports = []",
+                    "imports=['/a.toml']",
+                    'imports = [\n  "/a/*.toml", # one\n  "b.toml"\n]',
+                    'imports = ["conf.d/*.toml"]',
+                ]
+            )
+        ),
+    ]
+    tables = [
+        "[grpc]\n\taddress = '/run/x.sock' # [not a table]",
+        f"[plugins.'{plugin}']\nsandbox_image = 'pause'",
+        "".join(
+            [
+                f'[plugins."{plugin}".containerd.runtimes.runc]\n  runtime_type = "io.containerd.runc.v2"\n',
+                f'  [plugins."{plugin}".containerd.runtimes.runc.options]\n    SystemdCgroup = true',
+            ]
+        ),
+        '[debug]\nlevel = """\nimports = [\n"""',
+    ]
+    chosen = draw(st.lists(st.sampled_from(tables), unique=True))
+    text = "\n".join([*draw(st.permutations(head)), *chosen]) + draw(st.sampled_from(["", "\n", "\n# end", "\n\n\n"]))
+    return text.replace("\n", draw(st.sampled_from(["\n", "\r\n"]))).encode()
+
+
+@given(st.none() | st.sampled_from([b"", b"# nothing\r\n"]) | config_toml())
+def test_containerd_has_the_handler_and_is_undone_to_the_byte(before: bytes | None) -> None:
+    files = {} if before is None else {CONFIG: before}
+    plan = containerd.configure(files, CONFIG, DROP_IN, SHIM)
+    after = applied(files, plan)
+    assert not containerd.configure(after, CONFIG, DROP_IN, SHIM).files
+
+    table = tomllib.loads(after[CONFIG].decode())
+    plugin = OLD if table["version"] == 2 else NEW
+    where = DROP_IN if DROP_IN in after else CONFIG
+    found = runtimes(after, where, plugin)
+    assert found["mpu-notify"]["options"]["BinaryName"] == SHIM
+    assert found["mpu-notify"]["pod_annotations"] == found["mpu-notify"]["container_annotations"] == ["io.mpu-notify.*"]
+    # As the default runtime, and that one still there.
+    systemd = before is not None and b"SystemdCgroup" in before
+    assert found["mpu-notify"]["options"].get("SystemdCgroup", False) is systemd
+    if plugin == OLD:
+        assert "runc" in found
+    if where == DROP_IN:
+        assert any(glob in (DROP_IN, "conf.d/*.toml", "/etc/containerd/conf.d/*.toml") for glob in table["imports"])
+    else:
+        assert before is not None
+        assert after[CONFIG].startswith(before)
+
+    moved = applied(after, containerd.configure(after, CONFIG, DROP_IN, "/elsewhere"))
+    for configured in (after, moved):
+        undone = containerd.unconfigure(configured, CONFIG, DROP_IN)
+        assert applied(configured, undone) == files
+        assert not undone.notes
+
+
+@given(st.none() | config_toml())
+def test_containerd_interrupted_anywhere(before: bytes | None) -> None:
+    files = {} if before is None else {CONFIG: before}
+    for partly in interrupted(files, containerd.configure(files, CONFIG, DROP_IN, SHIM)):
+        imports = tomllib.loads(partly.get(CONFIG, b"").decode()).get("imports", [])
+        assert DROP_IN in partly or DROP_IN not in imports  # or containerd would not start
+        for undone in interrupted(partly, containerd.unconfigure(partly, CONFIG, DROP_IN)):
+            assert applied(undone, containerd.unconfigure(undone, CONFIG, DROP_IN)) == files
+
+
+@given(config_toml())
+def test_containerd_changed_since_loses_what_we_added(before: bytes) -> None:
+    configured = applied({CONFIG: before}, containerd.configure({CONFIG: before}, CONFIG, DROP_IN, SHIM))
+    if UNDO_SUFFIX not in "".join(configured):
+        return  # the import was there: only the drop-in is ours
+    newline = b"\r\n" if b"\r\n" in before else b"\n"
+    configured[CONFIG] += newline + b"[ttrpc]" + newline
+    plan = containerd.unconfigure(configured, CONFIG, DROP_IN)
+    left = applied(configured, plan)
+    assert list(left) == [CONFIG]
+    assert tomllib.loads(left[CONFIG].decode()) == {**tomllib.loads(before.decode()), "ttrpc": {}}
+    assert "changed since" in plan.notes[0]
+
+
+def test_containerd_1_counts_only_the_last_file_with_cri_settings() -> None:
+    files = {
+        CONFIG: f'version = 2\nimports = ["conf.d/*.toml"]\n[plugins."{OLD}"]\nsandbox_image = "a"\n'.encode(),
+        "/etc/containerd/conf.d/99-nvidia.toml": (
+            f'version = 2\n[plugins."{OLD}".containerd]\ndefault_runtime_name = "nvidia"\n'
+            f'[plugins."{OLD}".containerd.runtimes.nvidia]\nruntime_type = "io.containerd.runc.v2"\n'
+            f'[plugins."{OLD}".containerd.runtimes.nvidia.options]\nBinaryName = "/usr/bin/nvidia-container-runtime"\n'
+        ).encode(),
+    }
+    plan = containerd.configure(files, CONFIG, DROP_IN, SHIM)
+    after = applied(files, plan)
+    assert after[CONFIG] == files[CONFIG]
+    assert set(runtimes(after, "/etc/containerd/conf.d/99-nvidia.toml", OLD)) == {"nvidia", "mpu-notify"}
+    assert "nvidia-container-runtime" in plan.notes[0]
+    assert "99-nvidia.toml" in plan.notes[1]
+    assert applied(after, containerd.unconfigure(after, CONFIG, DROP_IN)) == files
+
+
+def test_containerd_moves_from_the_drop_in_when_cri_settings_appear() -> None:
+    files = applied({}, containerd.configure({}, CONFIG, DROP_IN, SHIM))
+    assert set(files) == {CONFIG, CONFIG + UNDO_SUFFIX, DROP_IN}
+    files[CONFIG] += f'[plugins."{OLD}"]\nsandbox_image = "a"\n'.encode()
+    after = applied(files, containerd.configure(files, CONFIG, DROP_IN, SHIM))
+    assert DROP_IN not in after
+    assert "mpu-notify" in runtimes(after, CONFIG, OLD)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("version = 2\n[plugins\nx = 1", f"{CONFIG}: .*line 2"),
+        ('disabled_plugins = ["cri"]', "disables the CRI plugin"),
+        ('root = "/x"', "containerd config migrate"),
+        ("version = '2'", "version is of the wrong type"),
+        (f'version = 2\n[plugins."{OLD}".containerd.runtimes.mpu-notify]\n', "did not write"),
+        (f'version = 2\n[plugins]\n"{OLD}" = {{ sandbox_image = "a" }}\n', "cannot add to this file safely"),
+        ('version = 3\n"imports" = ["/a"]\n', "cannot add to this file safely"),
+    ],
+)
+def test_containerd_refuses(contents: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        containerd.configure({CONFIG: contents.encode()}, CONFIG, DROP_IN, SHIM)
+
+
+def test_containerd_default_runtime_is_in_the_way_of_undoing() -> None:
+    contents = f'version = 2\n[plugins."{OLD}".containerd]\ndefault_runtime_name = "mpu-notify"\n'
+    with pytest.raises(ConfigurationError, match="default_runtime_name is mpu-notify"):
+        containerd.unconfigure({CONFIG: contents.encode()}, CONFIG, DROP_IN)
+
+
+# --- Podman and CRI-O
+
+
+@pytest.mark.parametrize("body", [dropin.podman, dropin.crio])
+def test_drop_in(body: Any) -> None:
+    path = "/etc/x/99.conf"
+    files = applied({}, dropin.configure({}, path, body(SHIM)))
+    assert SHIM in str(tomllib.loads(files[path].decode()))
+    assert not dropin.configure(files, path, body(SHIM)).files
+    assert not applied(files, dropin.unconfigure(files, path))
+    assert applied(files, dropin.configure(files, path, body("/elsewhere"))) != files
+    for strange, message in ((b"[mine]\n", "was not written by mpu-notify"), (files[path] + b"\n", "was edited")):
+        for attempt in (
+            lambda s=strange: dropin.configure({path: s}, path, ""),
+            lambda s=strange: dropin.unconfigure({path: s}, path),
+        ):
+            with pytest.raises(ConfigurationError, match=message):
+                attempt()
+
+
+# --- The commands
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A file system with a runtime in it."""
+    shim = tmp_path / "opt" / "shim"
+    shim.parent.mkdir()
+    shim.write_text("#!/bin/sh\n")
+    shim.chmod(0o755)
+    return tmp_path
+
+
+def run(verb: str, engine: str, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "mpu_notify.cli.main", verb, engine, "--root", str(root)]
+    words += ["--runtime-path", "/opt/shim"] if verb == "configure" and "--runtime-path" not in more else []
+    return subprocess.run([*words, *more], check=False, capture_output=True, text=True)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def put(root: Path, path: str, contents: bytes) -> Path:
+    file = root / path.lstrip("/")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(contents)
+    return file
+
+
+@pytest.mark.parametrize("engine", ["docker", "containerd", "podman", "crio"])
+@pytest.mark.parametrize("present", [False, True])
+def test_there_and_back(engine: str, present: bool, root: Path) -> None:  # noqa: FBT001 - a parameter of the test
+    if present:
+        put(root, DAEMON, b'{\r\n\t"debug": true\r\n}')
+        put(root, CONFIG, b'# mine\r\nversion = 3\r\nimports = ["/a"]')
+    before = snapshot(root)
+
+    dry = run("configure", engine, root, "--dry-run")
+    assert (dry.returncode, dry.stderr, snapshot(root)) == (0, "", before)
+    done = run("configure", engine, root)
+    assert (done.returncode, done.stderr) == (0, "")
+    after = snapshot(root)
+    assert after != before
+    assert "nothing to change" in run("configure", engine, root).stdout
+    assert "nothing to change" in run("configure", engine, root, "--dry-run").stdout
+    assert snapshot(root) == after
+
+    undo = run("unconfigure", engine, root, "--dry-run")
+    assert (undo.returncode, snapshot(root)) == (0, after)
+    assert undo.stdout.startswith("--- ")
+    assert run("unconfigure", engine, root).returncode == 0
+    assert snapshot(root) == before
+    assert "nothing to change" in run("unconfigure", engine, root).stdout
+
+
+@pytest.mark.parametrize("engine", ["docker", "containerd"])
+def test_the_diff_is_what_will_be(engine: str, root: Path) -> None:
+    put(root, DAEMON, b'{\r\n "debug": true\r\n}')
+    put(root, CONFIG, f'version = 2\n\n[plugins."{OLD}"]\n  sandbox_image = "a"'.encode())
+    words = [sys.executable, "-m", "mpu_notify.cli.main", "configure", engine, "--root", str(root), "--dry-run"]
+    diff = subprocess.run([*words, "--runtime-path", "/opt/shim"], check=True, capture_output=True).stdout
+    run("configure", engine, root)
+    wanted = {path: text for path, text in snapshot(root).items() if not path.endswith(UNDO_SUFFIX)}
+    run("unconfigure", engine, root)
+    applied_lines = [line[1:] for line in diff.split(b"\n") if line.startswith(b"+") and not line.startswith(b"+++")]
+    path = (DAEMON if engine == "docker" else CONFIG).lstrip("/")
+    assert f"+++ b/{path}\n".encode() in diff
+    assert all(line in wanted[path] for line in applied_lines)
+    assert b"\\ No newline at end of file\n" in diff
+
+
+def test_mode_owner_and_links_stay(root: Path) -> None:
+    target = put(root, "/srv/daemon.json", b"{}")
+    target.chmod(0o640)
+    os.chown(target, 12345, 54321)
+    link = root / "etc/docker/daemon.json"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../srv/daemon.json")
+    assert run("configure", "docker", root).returncode == 0
+    assert link.is_symlink()
+    for file in (target, link.with_name(link.name + UNDO_SUFFIX)):
+        status = file.stat()
+        assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (12345, 54321, 0o640)
+    assert run("unconfigure", "docker", root).returncode == 0
+    assert snapshot(root / "srv") == {"daemon.json": b"{}"}
+    assert list(link.parent.iterdir()) == [link]
+    assert (target.stat().st_uid, stat.S_IMODE(target.stat().st_mode)) == (12345, 0o640)
+
+
+def test_new_files_are_for_all_to_read(root: Path) -> None:
+    assert run("configure", "podman", root).returncode == 0
+    (file,) = (root / "etc/containers/containers.conf.d").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def fails(result: subprocess.CompletedProcess[str], message: str, status: int = 1) -> None:
+    assert (result.returncode, result.stdout) == (status, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1 or status == 2
+
+
+def test_what_is_wrong_is_said_and_nothing_changes(root: Path) -> None:
+    put(root, DAEMON, b'{"debug": tru}')
+    put(root, CONFIG, b"version = 2\nx = = 1\n")
+    (root / "etc/crio").symlink_to("/tmp")  # noqa: S108 - a link that leads out
+    before = snapshot(root)
+    fails(run("configure", "docker", root), f"{DAEMON}:1:11: ")
+    fails(run("configure", "containerd", root), f"{CONFIG}: Invalid value (at line 2, column 5)")
+    fails(run("configure", "crio", root), "leads out of")
+    fails(run("configure", "podman", root, "--runtime-path", "/opt/none"), "there is no program /opt/none")
+    fails(run("configure", "podman", root, "--runtime-path", "shim"), "give an absolute path", 2)
+    fails(run("configure", "podman", root / "none"), "no such directory", 2)
+    fails(run("configure", "lxc", root), "invalid choice", 2)
+    assert snapshot(root) == before
+
+
+def test_config_is_another_file(root: Path) -> None:
+    put(root, "/k/config.toml", b"version = 3\n")
+    assert run("configure", "containerd", root, "--config", "/k/config.toml").returncode == 0
+    assert (root / "k/conf.d/99-mpu-notify.toml").exists()
+    assert b'imports = ["/k/conf.d/99-mpu-notify.toml"]' in (root / "k/config.toml").read_bytes()
+
+
+def test_without_root_the_paths_are_this_machines(root: Path) -> None:
+    words = [sys.executable, "-m", "mpu_notify.cli.main", "configure", "docker", "--config", "daemon.json"]
+    command = [*words, "--runtime-path", str(root / "opt/shim")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    assert "Now run: systemctl reload docker" in done.stdout
+    assert (root / "daemon.json").exists()
+
+
+def test_containers_that_are_left_are_named(root: Path) -> None:
+    put(root, DAEMON, b'{"data-root": "/data"}')
+    for where, name, runtime in (
+        ("containers", "one", "mpu-notify"),
+        ("containers", "two", "runc"),
+        ("100000.100000/containers", "mapped", "mpu-notify"),
+    ):
+        put(root, f"/data/{where}/{name}0123/hostconfig.json", json.dumps({"Runtime": runtime}).encode())
+        put(root, f"/data/{where}/{name}0123/config.v2.json", json.dumps({"Name": f"/{name}"}).encode())
+    put(root, "/data/containers/half/hostconfig.json", b"{")
+    run("configure", "docker", root)
+    done = run("unconfigure", "docker", root)
+    assert "do not start again before they are created anew: mapped one\n" in done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["configure", "unconfigure"])
+def test_help(verb: str) -> None:
+    command = [sys.executable, "-m", "mpu_notify.cli.main", verb, "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "examples:" in shown
+    assert all(option in shown for option in ("--dry-run", "--config", "--root"))

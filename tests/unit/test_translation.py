@@ -1,0 +1,181 @@
+"""Translation of params by rules 5 and 6, over PID views that are plain tables."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpu_notify.rm.controls import (
+    CONTROL_TABLE,
+    GPU_PID_INFO,
+    GPU_PID_INFO_R440,
+    GPU_PID_INFO_R460,
+    GPU_PIDS,
+    Control,
+)
+from mpu_notify.supervisor.translation import UNKNOWN_PID, translate_in, translate_out
+
+NOW = 1_000_000
+INFO_LAYOUTS = [GPU_PID_INFO, GPU_PID_INFO_R460, GPU_PID_INFO_R440]
+
+pid_numbers = st.integers(1, 2**22)
+any_number = st.integers(0, 2**32 - 1)
+
+
+@dataclass
+class Table:
+    """A PID view that a test wrote down: host id to process id, and which hosts started after the ioctl."""
+
+    hosts: Mapping[int, int]
+    late: frozenset[int] = frozenset()
+    asked: list[int] = field(default_factory=list)
+
+    def to_views(self, host_ids: Sequence[int]) -> list[int | None]:
+        return [self.hosts.get(host) for host in host_ids]
+
+    def to_hosts(self, pids: Sequence[int]) -> list[int | None]:
+        backwards = {pid: host for host, pid in self.hosts.items()}
+        return [backwards.get(pid) for pid in pids]
+
+    def started_by(self, host_id: int, when_ns: int) -> bool:
+        assert when_ns == NOW
+        return host_id not in self.late
+
+
+def gpu_pids(pids: Sequence[int], count: int | None = None, stale: int = 0xEE) -> bytes:
+    """GPU_GET_PIDS as a driver leaves it: beyond the count, what the caller had there."""
+    head = struct.pack("<III", 0, 0xCBC0, len(pids) if count is None else count)
+    table = b"".join(struct.pack("<I", pid) for pid in pids)
+    return (head + table).ljust(GPU_PIDS.size, bytes([stale]))
+
+
+def pid_info(control: Control, pids: Sequence[int], count: int | None = None) -> bytes:
+    """GPU_GET_PID_INFO with a result and data in each entry that tell which entry it is."""
+    stride = control.table.stride
+    entries = [struct.pack("<III", pid, 0, 0).ljust(stride, bytes([index + 1])) for index, pid in enumerate(pids)]
+    return struct.pack("<II", len(pids) if count is None else count, 0).ljust(8) + b"".join(entries).ljust(200 * stride)
+
+
+def listed(hosts: Sequence[int], view: Table) -> list[int]:
+    answer = translate_out(GPU_PIDS, None, gpu_pids(hosts), view, NOW)
+    assert answer is not None
+    assert len(answer.params) == GPU_PIDS.size
+    pids = GPU_PIDS.table.pids(answer.params)
+    assert pids is not None
+    tail = answer.params[12 + 4 * len(pids) :]
+    assert tail == bytes(len(tail)), "nothing stale behind the list"
+    assert answer.params[:8] == gpu_pids([])[:8], "what was asked stays"
+    return pids
+
+
+def test_the_control_table_has_the_layouts_that_the_drivers_have() -> None:
+    assert {(c.cmd, c.size) for c in CONTROL_TABLE.values()} == {
+        (0x2080018D, 3812),
+        (0x2080018E, 14408),
+        (0x2080018E, 9608),
+        (0x2080018E, 8008),
+    }
+    for control in CONTROL_TABLE.values():
+        table = control.table
+        assert table.entries + table.stride * table.capacity == control.size
+
+
+def test_foreign_pids_are_removed_and_the_list_closed_up() -> None:
+    assert listed([100, 7, 200, 8, 300], Table({100: 1, 200: 2, 300: 3})) == [1, 2, 3]
+
+
+def test_an_empty_list_and_a_wholly_foreign_one_are_empty() -> None:
+    assert listed([], Table({})) == []
+    assert listed([5, 6, 7], Table({})) == []
+
+
+def test_repeats_are_removed() -> None:
+    assert listed([100, 200, 100, 101], Table({100: 1, 101: 1, 200: 2})) == [1, 2]
+
+
+def test_a_process_that_started_after_the_ioctl_is_not_the_one_the_driver_meant() -> None:
+    assert listed([100, 200], Table({100: 1, 200: 2}, late=frozenset({100}))) == [2]
+
+
+def test_a_full_list_of_950_is_translated() -> None:
+    assert listed(range(1000, 1950), Table({host: host - 999 for host in range(1000, 1950)})) == list(range(1, 951))
+
+
+@given(hosts=st.lists(pid_numbers, max_size=950), view=st.dictionaries(pid_numbers, pid_numbers, max_size=50))
+def test_a_list_never_has_zero_nor_a_pid_that_is_not_in_the_view(hosts: list[int], view: dict[int, int]) -> None:
+    pids = listed(hosts, Table(view))
+    assert pids == list(dict.fromkeys(view[host] for host in hosts if host in view))
+
+
+@pytest.mark.parametrize("count", [951, 2**31, 2**32 - 1])
+def test_a_count_that_no_driver_gives_is_declined(count: int) -> None:
+    assert translate_out(GPU_PIDS, None, gpu_pids([1], count=count), Table({1: 1}), NOW) is None
+
+
+def test_what_was_never_asked_is_not_given_back() -> None:
+    assert translate_out(GPU_PID_INFO, None, pid_info(GPU_PID_INFO, [1]), Table({1: 1}), NOW) is None
+
+
+@pytest.mark.parametrize("control", INFO_LAYOUTS, ids=lambda control: str(control.size))
+@given(pids=st.lists(any_number, min_size=1, max_size=200), view=st.dictionaries(pid_numbers, pid_numbers, max_size=9))
+def test_the_driver_is_asked_about_host_pids_and_never_about_a_number_outside(
+    control: Control, pids: list[int], view: dict[int, int]
+) -> None:
+    table = Table({host: pid for pid, host in view.items()})
+    backwards = {pid: host for host, pid in table.hosts.items()}
+    params = pid_info(control, pids)
+    asked = translate_in(control, params, table)
+    assert asked is not None
+    numbers = control.table.pids(asked.params)
+    assert numbers == [0 if pid == 0 else backwards.get(pid, UNKNOWN_PID) for pid in pids]
+    blanked = bytearray(asked.params)
+    for index, pid in enumerate(pids):
+        control.table.put(blanked, index, pid)
+    assert blanked == params, "only the numbers were touched"
+
+
+@pytest.mark.parametrize("control", INFO_LAYOUTS, ids=lambda control: str(control.size))
+@given(pids=st.lists(st.sampled_from([0, 1, 2, 3, 77]), min_size=1, max_size=200))
+def test_the_caller_gets_its_own_numbers_back_with_the_drivers_data(control: Control, pids: list[int]) -> None:
+    view = Table({1001: 1, 1002: 2, 1003: 3})
+    params = pid_info(control, pids)
+    asked = translate_in(control, params, view)
+    assert asked is not None
+    answer = translate_out(control, asked, asked.params, view, NOW)
+    assert answer is not None
+    assert answer.params == params
+
+
+@pytest.mark.parametrize("control", INFO_LAYOUTS, ids=lambda control: str(control.size))
+def test_data_of_a_pid_that_may_have_been_anothers_when_the_driver_was_asked_is_blanked(control: Control) -> None:
+    before = Table({1001: 1, 1002: 2, 1003: 3})
+    after = Table({1001: 1, 1003: 3}, late=frozenset({1003}))
+    params = pid_info(control, [1, 2, 3])
+    asked = translate_in(control, params, before)
+    assert asked is not None
+    answer = translate_out(control, asked, asked.params, after, NOW)
+    assert answer is not None
+    stride = control.table.stride
+    kept, gone, reused = (answer.params[8 + stride * index : 8 + stride * (index + 1)] for index in range(3))
+    assert kept == params[8 : 8 + stride]
+    assert gone == struct.pack("<I", 2).ljust(stride, b"\0")
+    assert reused == struct.pack("<I", 3).ljust(stride, b"\0")
+
+
+@pytest.mark.parametrize("control", INFO_LAYOUTS, ids=lambda control: str(control.size))
+@pytest.mark.parametrize("count", [0, 201, 2**32 - 1])
+def test_a_count_that_the_driver_refuses_is_left_to_it(control: Control, count: int) -> None:
+    assert translate_in(control, pid_info(control, [1], count=count), Table({1: 1})) is None
+
+
+@pytest.mark.parametrize("control", INFO_LAYOUTS, ids=lambda control: str(control.size))
+def test_an_answer_with_another_count_than_asked_is_declined(control: Control) -> None:
+    view = Table({1: 1})
+    asked = translate_in(control, pid_info(control, [1, 1]), view)
+    assert asked is not None
+    assert translate_out(control, asked, pid_info(control, [1]), view, NOW) is None
