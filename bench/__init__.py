@@ -1,0 +1,1 @@
+"""What mpu-notify costs, measured on this machine; run it with ``python -m bench``."""
