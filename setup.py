@@ -22,7 +22,7 @@ CFLAGS = [
 LDFLAGS = ["-Wl,-z,relro,-z,now"]
 CSRC = Path("csrc")
 PROGRAMS = {
-    "mpu-notify-monitor": ["monitor.c", "listener.c", "caller.c", "packet.c", "agent.c"],
+    "mpu-notify-monitor": ["monitor.c", "listener.c", "call.c", "caller.c", "packet.c", "agent.c"],
     "mpu-notify-hook": ["hook.c", "inject.c"],
     "mpu-notify-runtime": ["runtime.c"],
 }

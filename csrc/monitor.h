@@ -81,6 +81,12 @@ void *listener_run(void *listener);
 /* listener_run in a thread of its own; on failure the listener is freed. */
 int listener_start(struct listener *listener);
 
+/* See to the call that was received into listener->notif, up to the reply. */
+void call_handle(struct listener *listener);
+
+/* Send the supervisor a packet on the listener's channel. */
+int listener_tell(struct listener *listener, struct mpu_header *head, size_t head_size, uint64_t deadline);
+
 /* Start a detached thread with a small stack. */
 int thread_start(void *(*body)(void *), void *argument);
 

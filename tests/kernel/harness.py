@@ -192,6 +192,32 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
+def stop_and_wait_for(pid: int) -> None:
+    """SIGSTOP a process, and wait until none of its threads runs."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), f"process {pid} is stopped")
+
+
+def _state(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+@contextmanager
+def injected(pid: int, *options: str) -> Iterator[None]:
+    """Have strace(1) meddle with the system calls of a process: options such as "--inject=openat:delay_enter=1s"."""
+    command = ["strace", "--follow-forks", "--quiet=all", f"--attach={pid}", "--output=/dev/null", *options]
+    strace = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        tasks = Path(f"/proc/{pid}/task")
+        traced = f"TracerPid:\t{strace.pid}\n"
+        eventually(lambda: all(traced in (task / "status").read_text() for task in tasks.iterdir()), "strace is there")
+        yield
+    finally:
+        strace.terminate()
+        strace.wait(SECONDS)
+
+
 def kill_and_wait_for(pid: int) -> None:
     """SIGKILL a process that a test started, and wait until the kernel has ended it."""
     os.kill(pid, signal.SIGKILL)
@@ -200,7 +226,6 @@ def kill_and_wait_for(pid: int) -> None:
 
 def _is_dead(pid: int) -> bool:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return _state(Path(f"/proc/{pid}")) in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"

@@ -29,8 +29,10 @@ from .harness import (
     ScriptedSupervisor,
     caller_host_pid,
     eventually,
+    injected,
     kill_and_wait_for,
     scripted_supervisor,
+    stop_and_wait_for,
     under_filter,
 )
 
@@ -473,7 +475,7 @@ def test_a_caller_that_is_killed_before_its_call_was_received_harms_nobody(
     ):
         gone, there = Scene(gone_caller, supervisor), Scene(there_caller, supervisor)
         assert supervisor.monitor.process is not None
-        os.kill(supervisor.monitor.process.pid, signal.SIGSTOP)
+        stop_and_wait_for(supervisor.monitor.process.pid)
         try:
             gone.caller.poke()
             wchan = Path(f"/proc/{gone.host_pid}/wchan")
@@ -486,6 +488,25 @@ def test_a_caller_that_is_killed_before_its_call_was_received_harms_nobody(
         assert sum(ended.causes.values()) == 0
         there.caller.poke()
         assert there.channel.pass_all_on() is Cause.TRANSLATED
+
+
+def test_a_caller_that_is_killed_just_after_its_call_was_received_is_no_fault(
+    standin: StartStandIn, caller_program: Path
+) -> None:
+    """Its /proc files vanish, which is no reason to warn of unreadable memory."""
+    node = standin("--era", "host").control_node
+    with (
+        scripted_supervisor(node) as supervisor,
+        under_filter(caller_program, node.parent, "on_demand") as caller,
+    ):
+        scene = Scene(caller, supervisor)
+        assert supervisor.monitor.process is not None
+        memory = f"/proc/{scene.host_pid}/mem"
+        with injected(supervisor.monitor.process.pid, f"--trace-path={memory}", "--inject=openat:delay_enter=500ms"):
+            caller.poke()
+            time.sleep(0.1)
+            kill_and_wait_for(scene.host_pid)
+            assert scene.channel.outcome() is Cause.CALLER_GONE
 
 
 def test_causes_are_told_and_counted(standin: StartStandIn, caller_program: Path) -> None:

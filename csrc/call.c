@@ -1,0 +1,390 @@
+/* The way through of one call that was received: look, and for a control in the table the supervised exchange. */
+#include "cleanup.h"
+#include "monitor.h"
+#include "packet.h"
+#include "rm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/seccomp.h>
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SILENCES_SKIPPED 10 /* times as long as was waited for it, a silent supervisor is not asked */
+
+/* A call in the table on its way through. A step returns a cause; MPU_TRANSLATED lets the next one run. */
+struct call {
+    const struct config *config; /* the same for all of the call */
+    uint64_t received_ns;
+    uint64_t begun_ns;
+    uint64_t waited_ns; /* on the supervisor, both exchanges together */
+    bool begun;         /* the supervisor knows of it */
+    uint64_t address;   /* of the caller's NVOS54 */
+    const struct mpu_control *control;
+    struct nvos54 nvos54;
+    int error;
+};
+
+static enum mpu_cause fail(struct call *call, enum mpu_cause cause, int negative_errno)
+{
+    call->error = -negative_errno;
+    return cause;
+}
+
+static bool table_has_cmd(const struct config *config, uint32_t cmd)
+{
+    for (uint32_t i = 0; i < config->n_controls; i++)
+        if (config->controls[i].cmd == cmd)
+            return true;
+    return false;
+}
+
+static const struct mpu_control *table_find(const struct config *config, uint32_t cmd, uint32_t size)
+{
+    for (uint32_t i = 0; i < config->n_controls; i++)
+        if (config->controls[i].cmd == cmd && config->controls[i].size == size)
+            return &config->controls[i];
+    return NULL;
+}
+
+typedef int (*reader)(int handle, uint64_t address, void *buffer, size_t size);
+
+/* Where the ioctl's NVOS54 is and what is in it: the argument itself, or what an XFER call points at. */
+static int read_nvos54(const struct seccomp_data *data, reader read, int handle, uint64_t *address,
+                       struct nvos54 *nvos54)
+{
+    struct nv_xfer xfer;
+    int error;
+
+    /* Registers of a 32-bit call may have anything above its 32 bits. */
+    *address = caller_is_compat(data->arch) ? (uint32_t)data->args[2] : data->args[2];
+    if (((uint32_t)data->args[1] & RM_IOCTL_MASK) == RM_XFER_WANT) {
+        error = read(handle, *address, &xfer, sizeof(xfer));
+        if (error)
+            return error;
+        if (xfer.cmd != RM_CONTROL_NR || xfer.size != sizeof(*nvos54))
+            return -ENOTTY;
+        *address = xfer.ptr;
+    }
+    return read(handle, *address, nvos54, sizeof(*nvos54));
+}
+
+static enum mpu_cause check_waiting(struct listener *listener)
+{
+    return caller_is_waiting(listener->fd, listener->notif->id) ? MPU_TRANSLATED : MPU_CALLER_GONE;
+}
+
+/* Both buffers that an answer would be written to. */
+static int check_writable(const struct listener *listener, const struct call *call, int maps)
+{
+    const struct kernel *kernel = &listener->monitor->kernel;
+    int error = caller_may_write(kernel, maps, call->address, sizeof(call->nvos54));
+
+    return error ? error : caller_may_write(kernel, maps, call->nvos54.params, call->nvos54.params_size);
+}
+
+/* Read the call again, now from memory that is surely the caller's, and take its params. */
+static enum mpu_cause read_call(struct listener *listener, struct call *call, int memory, int maps)
+{
+    const struct nvos54 *nvos54 = &call->nvos54;
+    int error = read_nvos54(&listener->notif->data, caller_read, memory, &call->address, &call->nvos54);
+
+    if (error)
+        return fail(call, MPU_MEMORY_UNREADABLE, error);
+    call->control = table_find(call->config, nvos54->cmd, nvos54->params_size);
+    if (!call->control)
+        return MPU_SIZE_UNKNOWN;
+    if (nvos54->flags)
+        return MPU_FLAGS_SET;
+    error = caller_read(memory, nvos54->params, listener->params, nvos54->params_size);
+    if (error)
+        return fail(call, MPU_MEMORY_UNREADABLE, error);
+    error = check_writable(listener, call, maps);
+    if (error)
+        return fail(call, MPU_MEMORY_UNWRITABLE, error);
+    return check_waiting(listener);
+}
+
+/* After nonsense, or for good: the supervisor's end sees the end of the channel, ours finds nobody. */
+static void hang_up(struct listener *listener)
+{
+    shutdown(listener->channel, SHUT_RDWR);
+}
+
+int listener_tell(struct listener *listener, struct mpu_header *head, size_t head_size, uint64_t deadline)
+{
+    struct parcel parcel = {.head = head, .head_size = head_size};
+
+    head->listener = listener->id;
+    return packet_send(listener->channel, &parcel, deadline);
+}
+
+/*
+ * Take the next answer off the channel, into listener->params where it is to the request of this sequence.
+ * -EAGAIN where there is none, -ESTALE where it came too late, -EPIPE where there is no supervisor.
+ */
+static int take_answer(struct listener *listener, uint64_t sequence, uint32_t size, uint32_t *verdict)
+{
+    struct mpu_answer head;
+    struct iovec parts[2] = {{&head, sizeof(head)}, {listener->params, 0}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t length = recv(listener->channel, &head, sizeof(head), MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC);
+
+    if (length <= 0)
+        return length < 0 && (errno == EAGAIN || errno == EINTR) ? -EAGAIN : -EPIPE;
+    if ((size_t)length < sizeof(head) || !packet_is_sound(&head.header, (size_t)length) ||
+        head.header.type != MPU_ANSWER || head.verdict > MPU_PROCEED || head.size != (size_t)length - sizeof(head))
+        return -EPROTO;
+    if (head.sequence == sequence) {
+        if (head.size != (head.verdict == MPU_PROCEED ? size : 0))
+            return -EPROTO;
+        parts[1].iov_len = head.size;
+    }
+    if (recvmsg(listener->channel, &message, MSG_DONTWAIT) < 0)
+        return -EPIPE;
+    *verdict = head.verdict;
+    return head.sequence == sequence ? 0 : -ESTALE;
+}
+
+/* A waiting thread that sleeps at once wakes late: an answer mostly comes within this time. */
+#define SPIN_NS NS_PER_MS
+
+/* Wait for the answer to the request of this sequence; its params are then in listener->params. */
+static enum mpu_cause await_answer(struct listener *listener, struct call *call, uint64_t deadline)
+{
+    struct pollfd polled = {.fd = listener->channel, .events = POLLIN};
+    uint64_t spin_until = now_ns(CLOCK_MONOTONIC) + SPIN_NS;
+    uint32_t verdict;
+    int error;
+
+    while ((error = take_answer(listener, listener->sequence, call->nvos54.params_size, &verdict))) {
+        if (error == -ESTALE)
+            continue;
+        if (error != -EAGAIN)
+            break;
+        if (now_ns(CLOCK_MONOTONIC) < spin_until)
+            sched_yield();
+        else if (poll(&polled, 1, ms_until(deadline)) == 0)
+            return MPU_SUPERVISOR_SILENT;
+    }
+    if (error == -EPROTO) {
+        complain("the supervisor answered listener %u with a packet that protocol version %d does not have; answering "
+                 "it with continue from now on",
+                 (unsigned)listener->id, MPU_PROTOCOL_VERSION);
+        hang_up(listener);
+    }
+    if (error)
+        return fail(call, MPU_SUPERVISOR_GONE, error);
+    return verdict == MPU_PROCEED ? MPU_TRANSLATED : MPU_SUPERVISOR_DECLINED;
+}
+
+/* One request to the supervisor over listener->params. Both requests of a call share one time to wait. */
+static enum mpu_cause ask(struct listener *listener, struct call *call, enum mpu_type type)
+{
+    uint64_t start = now_ns(CLOCK_MONOTONIC);
+    uint64_t budget = call->config->silence_ms * NS_PER_MS;
+    uint64_t deadline = start + (budget > call->waited_ns ? budget - call->waited_ns : 0);
+    struct mpu_call head = {
+        .header = {.type = (uint16_t)type, .listener = listener->id},
+        .sequence = ++listener->sequence,
+        .begun_ns = call->begun_ns,
+        .cmd = call->nvos54.cmd,
+        .size = call->nvos54.params_size,
+    };
+    struct parcel parcel = {
+        .head = &head.header, .head_size = sizeof(head), .body = listener->params, .body_size = head.size};
+    int error = packet_send(listener->channel, &parcel, deadline);
+    enum mpu_cause cause;
+
+    if (error == -EPIPE)
+        return fail(call, MPU_SUPERVISOR_GONE, error);
+    cause = error ? MPU_SUPERVISOR_SILENT : await_answer(listener, call, deadline);
+    call->waited_ns += now_ns(CLOCK_MONOTONIC) - start;
+    if (cause == MPU_SUPERVISOR_SILENT)
+        listener->silent_until = now_ns(CLOCK_MONOTONIC) + SILENCES_SKIPPED * budget;
+    return cause;
+}
+
+/* Tell the supervisor of a call. One that was silent is not bothered for a while, or until a late answer comes. */
+static enum mpu_cause begin(struct listener *listener, struct call *call)
+{
+    struct mpu_begun begun = {.header = {.type = MPU_BEGUN}, .tid = listener->notif->pid};
+    uint32_t verdict;
+
+    if (listener->silent_until) {
+        while (take_answer(listener, 0, 0, &verdict) == -ESTALE)
+            listener->silent_until = 0;
+        if (now_ns(CLOCK_MONOTONIC) < listener->silent_until)
+            return MPU_SUPERVISOR_SILENT;
+    }
+    if (listener_tell(listener, &begun.header, sizeof(begun), 0) == -EPIPE)
+        return MPU_SUPERVISOR_GONE;
+    call->begun = true;
+    return MPU_TRANSLATED;
+}
+
+/* The real ioctl, on a duplicate of the caller's file that lives no longer than the ioctl, from our own buffers. */
+static enum mpu_cause perform(struct listener *listener, struct call *call)
+{
+    const struct kernel *kernel = &listener->monitor->kernel;
+    const struct device *device = &call->config->device;
+    pid_t tid = (pid_t)listener->notif->pid;
+    int fd = (int)listener->notif->data.args[0];
+    struct nvos54 ours = call->nvos54;
+    int error = caller_check_file(tid, fd, device);
+    AUTO_CLOSE file = error ? error : caller_fetch_file(kernel, tid, fd, device);
+
+    if (file < 0)
+        return fail(call, file == -EXDEV ? MPU_FILE_FOREIGN : MPU_FILE_UNAVAILABLE, file);
+    if (check_waiting(listener) != MPU_TRANSLATED)
+        return MPU_CALLER_GONE;
+    ours.params = (uint64_t)(uintptr_t)listener->params;
+    call->begun_ns = now_ns(CLOCK_BOOTTIME);
+    if (ioctl(file, RM_CONTROL_IOCTL, &ours))
+        return fail(call, MPU_IOCTL_FAILED, -errno);
+    call->nvos54.status = ours.status;
+    call->error = (int)ours.status;
+    if (ours.status)
+        return MPU_STATUS_BAD;
+    return MPU_TRANSLATED;
+}
+
+/* The driver named nobody: the empty table is the whole translation, without what the caller had in it. */
+static bool translate_empty(struct listener *listener, const struct call *call)
+{
+    const struct mpu_control *control = call->control;
+    uint32_t count;
+
+    memcpy(&count, listener->params + control->count_at, sizeof(count));
+    if (control->asks || count)
+        return false;
+    memset(listener->params + control->table_at, 0, control->table_size);
+    return true;
+}
+
+/* NVOS54 last: until then a failure can still be answered with continue, because the control's inputs are intact. */
+static enum mpu_cause write_back(struct listener *listener, struct call *call, int memory, int maps)
+{
+    int error;
+
+    if (check_waiting(listener) != MPU_TRANSLATED)
+        return MPU_CALLER_GONE;
+    error = check_writable(listener, call, maps); /* again: another thread of the caller may have changed it */
+    if (!error)
+        error = caller_write(memory, call->nvos54.params, listener->params, call->nvos54.params_size);
+    if (!error)
+        error = caller_write(memory, call->address, &call->nvos54, sizeof(call->nvos54));
+    return error ? fail(call, MPU_MEMORY_UNWRITABLE, error) : MPU_TRANSLATED;
+}
+
+/* The steps of a call whose memory is open. */
+static enum mpu_cause go_through(struct listener *listener, struct call *call, int memory, int maps)
+{
+    enum mpu_cause cause = check_waiting(listener);
+
+    if (!cause)
+        cause = begin(listener, call);
+    if (!cause)
+        cause = read_call(listener, call, memory, maps);
+    if (!cause && call->control->asks)
+        cause = ask(listener, call, MPU_TRANSLATE_IN);
+    if (!cause)
+        cause = perform(listener, call);
+    if (!cause && !translate_empty(listener, call))
+        cause = ask(listener, call, MPU_TRANSLATE_OUT);
+    if (!cause)
+        cause = write_back(listener, call, memory, maps);
+    return cause;
+}
+
+static enum mpu_cause translate(struct listener *listener, struct call *call)
+{
+    pid_t tid = (pid_t)listener->notif->pid;
+    AUTO_CLOSE memory = caller_open(tid, "mem", O_RDWR);
+    AUTO_CLOSE maps = caller_open(tid, "maps", O_RDONLY);
+    enum mpu_cause cause;
+
+    if (memory < 0 || maps < 0)
+        cause = fail(call, MPU_MEMORY_UNREADABLE, memory < 0 ? memory : maps);
+    else
+        cause = go_through(listener, call, memory, maps);
+    /* Whatever failed, failed because of that. */
+    if (cause && check_waiting(listener) != MPU_TRANSLATED)
+        cause = MPU_CALLER_GONE;
+    return cause;
+}
+
+static int reply(struct listener *listener, uint32_t flags)
+{
+    struct seccomp_notif_resp *response = listener->response;
+    int result;
+
+    response->id = listener->notif->id;
+    response->val = 0;
+    response->error = 0;
+    response->flags = flags;
+    do /* a reply that is lost leaves the caller waiting for ever */
+        result = ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_SEND, response);
+    while (result && errno == EINTR);
+    return result ? -errno : 0;
+}
+
+/* The supervisor hears of each call that it was told of, and of each other cause once: nobody can flood it. */
+static void report(struct listener *listener, const struct call *call, enum mpu_cause cause)
+{
+    struct mpu_outcome outcome = {
+        .header = {.type = MPU_OUTCOME},
+        .duration_ns = now_ns(CLOCK_MONOTONIC) - call->received_ns,
+        .tid = listener->notif->pid,
+        .cmd = call->nvos54.cmd,
+        .size = call->nvos54.params_size,
+        .cause = cause,
+        .error = call->error,
+    };
+
+    listener->counts.causes[cause]++;
+    if (listener->reported[cause] && !call->begun)
+        return;
+    if (listener_tell(listener, &outcome.header, sizeof(outcome), 0) == 0)
+        listener->reported[cause] = true;
+}
+
+static void supervise(struct listener *listener, const struct config *config, const struct nvos54 *glanced)
+{
+    struct call call = {.received_ns = now_ns(CLOCK_MONOTONIC), .config = config, .nvos54 = *glanced};
+    enum mpu_cause cause = MPU_SIZE_UNKNOWN;
+    int error;
+
+    if (table_find(config, glanced->cmd, glanced->params_size))
+        cause = translate(listener, &call);
+    error = reply(listener, cause == MPU_TRANSLATED ? 0 : SECCOMP_USER_NOTIF_FLAG_CONTINUE);
+    if (error && cause == MPU_TRANSLATED)
+        cause = fail(&call, error == -ENOENT ? MPU_CALLER_GONE : MPU_REPLY_FAILED, error);
+    report(listener, &call, cause);
+}
+
+/* Nearly every call ends here, after one small read: it is not in the table, the kernel goes on. */
+void call_handle(struct listener *listener)
+{
+    const struct config *config = listener->monitor->config;
+    const struct seccomp_notif *notif = listener->notif;
+    struct nvos54 nvos54;
+    uint64_t address;
+
+    listener->counts.received++;
+    if (caller_abi_is_known(notif) &&
+        read_nvos54(&notif->data, caller_glance, (int)notif->pid, &address, &nvos54) == 0 &&
+        table_has_cmd(config, nvos54.cmd)) {
+        supervise(listener, config, &nvos54);
+        return;
+    }
+    listener->counts.untranslated++;
+    reply(listener, SECCOMP_USER_NOTIF_FLAG_CONTINUE); /* ENOENT: the caller went away meanwhile */
+}
