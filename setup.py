@@ -22,7 +22,10 @@ CFLAGS = [
 LDFLAGS = ["-Wl,-z,relro,-z,now"]
 CSRC = Path("csrc")
 PROGRAMS = {
-    "mpu-notify-monitor": ["monitor.c", "listener.c", "call.c", "caller.c", "packet.c", "agent.c"],
+    "mpu-notify-monitor": [
+        *("start.c", "monitor.c", "agent.c", "handover.c", "keeper.c"),
+        *("listener.c", "slot.c", "call.c", "caller.c", "packet.c"),
+    ],
     "mpu-notify-hook": ["hook.c", "inject.c"],
     "mpu-notify-runtime": ["runtime.c"],
 }

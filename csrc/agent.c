@@ -178,7 +178,7 @@ static int read_state(struct arrival *arrival)
     uint64_t deadline = now_ns(CLOCK_MONOTONIC) + STATE_MS * NS_PER_MS;
     int error;
 
-    arrival->state = memfd_create("mpu-notify state", MFD_CLOEXEC);
+    arrival->state = memfd_create(STATE_NAME, MFD_CLOEXEC);
     if (arrival->state < 0)
         return -errno;
     do
@@ -233,8 +233,10 @@ static void serve(struct arrival *arrival, int error)
 {
     struct listener *listener = NULL;
 
+    const int files[LISTENER_FILES] = {arrival->listener, arrival->state, -1};
+
     if (!error)
-        error = listener_create(arrival->monitor, arrival->listener, arrival->state, &listener);
+        error = listener_create(arrival->monitor, files, &listener);
     else {
         if (arrival->listener >= 0)
             close(arrival->listener);

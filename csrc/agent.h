@@ -4,6 +4,8 @@
 
 #include <stdbool.h>
 
+#define STATE_NAME "mpu-notify state" /* of the memfd with a ContainerProcessState */
+
 /* Whether an fd is a seccomp listener; asks the file nothing, which may be anybody's. */
 bool is_listener(int fd);
 

@@ -247,8 +247,11 @@ static enum mpu_cause perform(struct listener *listener, struct call *call)
         return MPU_CALLER_GONE;
     ours.params = (uint64_t)(uintptr_t)listener->params;
     call->begun_ns = now_ns(CLOCK_BOOTTIME);
-    if (ioctl(file, RM_CONTROL_IOCTL, &ours))
-        return fail(call, MPU_IOCTL_FAILED, -errno);
+    do /* a signal to us is none to the caller */
+        error = ioctl(file, RM_CONTROL_IOCTL, &ours) ? -errno : 0;
+    while (error == -EINTR);
+    if (error)
+        return fail(call, MPU_IOCTL_FAILED, error);
     call->nvos54.status = ours.status;
     call->error = (int)ours.status;
     if (ours.status)
@@ -349,7 +352,7 @@ static void report(struct listener *listener, const struct call *call, enum mpu_
         .error = call->error,
     };
 
-    listener->counts.causes[cause]++;
+    listener->slot->counts.causes[cause]++;
     if (listener->reported[cause] && !call->begun)
         return;
     if (listener_tell(listener, &outcome.header, sizeof(outcome), 0) == 0)
@@ -378,13 +381,19 @@ void call_handle(struct listener *listener)
     struct nvos54 nvos54;
     uint64_t address;
 
-    listener->counts.received++;
+    listener->slot->counts.received++;
     if (caller_abi_is_known(notif) &&
         read_nvos54(&notif->data, caller_glance, (int)notif->pid, &address, &nvos54) == 0 &&
         table_has_cmd(config, nvos54.cmd)) {
         supervise(listener, config, &nvos54);
         return;
     }
-    listener->counts.untranslated++;
+    listener->slot->counts.untranslated++;
     reply(listener, SECCOMP_USER_NOTIF_FLAG_CONTINUE); /* ENOENT: the caller went away meanwhile */
+}
+
+void call_leave(struct listener *listener)
+{
+    if (caller_is_waiting(listener->fd, listener->notif->id))
+        reply(listener, SECCOMP_USER_NOTIF_FLAG_CONTINUE);
 }

@@ -1,5 +1,7 @@
-/* A listener's life: receive its calls one by one until the last user of the filter is gone. */
+/* A listener's life: receive its calls one by one, until the last user of the filter is gone. */
 #include "cleanup.h"
+#include "handover.h"
+#include "keeper.h"
 #include "monitor.h"
 #include "packet.h"
 
@@ -27,32 +29,52 @@ static bool filter_has_users(int fd)
     return poll(&polled, 1, 0) < 0 || !(polled.revents & POLLHUP);
 }
 
-/* 0 with a notification in listener->notif, -ENODEV where none will ever come again. */
-static int receive(struct listener *listener)
+static int wait_for_call(const struct listener *listener)
 {
     struct pollfd polled = {.fd = listener->fd, .events = POLLIN};
 
-    if (!listener->monitor->kernel.receive_ends) {
-        if (poll(&polled, 1, -1) < 0)
-            return -errno;
-        if (!(polled.revents & POLLIN))
-            return polled.revents & POLLHUP ? -ENODEV : -EAGAIN;
-    }
-    memset(listener->notif, 0, listener->notif_size); /* the kernel insists */
-    if (ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_RECV, listener->notif) == 0)
+    if (poll(&polled, 1, -1) < 0)
+        return -errno;
+    if (polled.revents & POLLIN)
         return 0;
-    if (errno == ENOENT) /* that caller was killed before receipt, or the last user is gone */
+    return polled.revents & POLLHUP ? -ENODEV : -EAGAIN;
+}
+
+/* Where a signal of the main thread may interrupt: nothing has been received, or it is in the slot. */
+static int receive_interruptibly(struct listener *listener)
+{
+    int error = listener->monitor->kernel.receive_ends ? 0 : wait_for_call(listener);
+
+    if (error)
+        return error;
+    return ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_RECV, listener->notif) ? -errno : 0;
+}
+
+/* 0 with a call in listener->notif; -ENODEV where none will ever come again, -ECANCELED where it is to be let go. */
+static int receive(struct listener *listener)
+{
+    int error = -ECANCELED;
+
+    memset(listener->notif, 0, listener->notif_size); /* the kernel insists */
+    listener->receiving = true;
+    if (!listener->monitor->yielding)
+        error = receive_interruptibly(listener);
+    listener->receiving = false;
+    if (error == -ENOENT) /* that caller was killed before receipt, or the last user is gone */
         return filter_has_users(listener->fd) ? -EAGAIN : -ENODEV;
-    return -errno;
+    return error;
 }
 
 static void listener_free(struct listener *listener)
 {
     close(listener->fd);
     close(listener->state);
+    if (listener->slot_fd >= 0)
+        close(listener->slot_fd);
     if (listener->channel >= 0)
         close(listener->channel);
-    free(listener->notif);
+    if (listener->slot)
+        slot_unmap(listener->slot);
     free(listener->response);
     free(listener);
 }
@@ -70,13 +92,13 @@ static void listener_unlink(struct listener *listener)
     monitor_wake(monitor);
 }
 
-void *listener_run(void *argument)
+/* Serve calls until there will be none, -ENODEV, or the listener is to be let go, -ECANCELED. */
+static int serve_calls(struct listener *listener)
 {
-    struct listener *listener = argument;
     bool complained = false;
     int error;
 
-    while ((error = receive(listener)) != -ENODEV) {
+    while ((error = receive(listener)) != -ENODEV && error != -ECANCELED) {
         if (!error) {
             call_handle(listener);
         } else if (error != -EAGAIN && error != -EINTR) {
@@ -87,10 +109,44 @@ void *listener_run(void *argument)
             nanosleep(&(struct timespec){.tv_nsec = 100 * (long)NS_PER_MS}, NULL);
         }
     }
-    listener->counts.header.type = MPU_ENDED;
-    listener_tell(listener, &listener->counts.header, sizeof(listener->counts),
-                  now_ns(CLOCK_MONOTONIC) + END_WAIT_MS * NS_PER_MS);
+    return error;
+}
+
+/* Begin where another monitor ended: what it had received and not answered is the driver's to answer. */
+static void listener_begin(struct listener *listener)
+{
+    struct monitor *monitor = listener->monitor;
+
+    slot_lock(listener->slot);
+    if (listener->notif->id)
+        call_leave(listener);
+    LOCKED(&monitor->lock);
+    listener->thread = pthread_self();
+    listener->running = true;
+}
+
+static void say_end(struct listener *listener)
+{
+    struct mpu_ended ended = {.header = {.type = MPU_ENDED}, .counts = listener->slot->counts};
+
+    listener_tell(listener, &ended.header, sizeof(ended), now_ns(CLOCK_MONOTONIC) + END_WAIT_MS * NS_PER_MS);
+}
+
+void *listener_run(void *argument)
+{
+    struct listener *listener = argument;
+    int error;
+
+    listener_begin(listener);
+    do
+        error = serve_calls(listener);
+    while (error == -ECANCELED && !listener_hand_over(listener));
+    if (error == -ENODEV) {
+        say_end(listener);
+        keeper_forget(listener);
+    }
     listener_unlink(listener);
+    slot_unlock(listener->slot);
     listener_free(listener);
     return NULL;
 }
@@ -104,24 +160,36 @@ static size_t larger(size_t a, size_t b)
 static int listener_allocate(struct listener *listener)
 {
     struct seccomp_notif_sizes sizes;
+    int error = listener->slot_fd < 0 ? slot_create(&listener->slot, &listener->slot_fd)
+                                      : slot_open(listener->slot_fd, &listener->slot);
+
+    if (error)
+        return error;
 
     if (syscall(SYS_seccomp, SECCOMP_GET_NOTIF_SIZES, 0, &sizes))
         return -errno;
     listener->notif_size = larger(sizes.seccomp_notif, sizeof(struct seccomp_notif));
     listener->response_size = larger(sizes.seccomp_notif_resp, sizeof(struct seccomp_notif_resp));
-    listener->notif = calloc(1, listener->notif_size);
+    if (listener->notif_size > SLOT_NOTIF_BYTES)
+        return -E2BIG;
+    listener->notif = (struct seccomp_notif *)listener->slot->notif;
     listener->response = calloc(1, listener->response_size);
-    return listener->notif && listener->response ? 0 : -ENOMEM;
+    return listener->response ? 0 : -ENOMEM;
 }
 
-static void listener_link(struct listener *listener)
+/* -EEXIST where it is there already. */
+static int listener_link(struct listener *listener)
 {
     struct monitor *monitor = listener->monitor;
     LOCKED(&monitor->lock);
 
+    for (struct listener *at = monitor->listeners; at; at = at->next)
+        if (at->slot->identity == listener->slot->identity)
+            return -EEXIST;
     listener->id = ++monitor->last_id;
     listener->next = monitor->listeners;
     monitor->listeners = listener;
+    return 0;
 }
 
 /* A channel with nobody at its other end, until a supervisor is given that. */
@@ -136,30 +204,35 @@ static int open_channel(struct listener *listener)
     return 0;
 }
 
-int listener_create(struct monitor *monitor, int fd, int state, struct listener **created)
+int listener_create(struct monitor *monitor, const int files[LISTENER_FILES], struct listener **created)
 {
     struct listener *listener = calloc(1, sizeof(*listener));
     int error;
 
     if (!listener) {
-        close(fd);
-        close(state);
+        for (int i = 0; i < LISTENER_FILES; i++)
+            if (files[i] >= 0)
+                close(files[i]);
         return -ENOMEM;
     }
     listener->monitor = monitor;
-    listener->fd = fd;
-    listener->state = state;
+    listener->fd = files[FILE_LISTENER];
+    listener->state = files[FILE_STATE];
+    listener->slot_fd = files[FILE_SLOT];
     listener->channel = -1;
     error = listener_allocate(listener);
     if (!error)
         error = open_channel(listener);
+    /* Kernels before 6.6 refuse, and are only slower. */
+    if (!error)
+        ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_SET_FLAGS, (uint64_t)SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
+    if (!error)
+        error = listener_link(listener);
     if (error) {
         listener_free(listener);
         return error;
     }
-    /* Kernels before 6.6 refuse, and are only slower. */
-    ioctl(fd, SECCOMP_IOCTL_NOTIF_SET_FLAGS, (uint64_t)SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
-    listener_link(listener);
+    keeper_remember(listener);
     *created = listener;
     return 0;
 }

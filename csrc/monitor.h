@@ -4,12 +4,14 @@
 
 #include "caller.h"
 #include "protocol.h"
+#include "slot.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
+struct packet;
 struct seccomp_notif;
 struct seccomp_notif_resp;
 
@@ -23,21 +25,28 @@ struct config {
     struct mpu_control controls[MPU_MAX_CONTROLS];
 };
 
+/* What a listener is known by, in this order wherever they travel. */
+enum { FILE_LISTENER, FILE_STATE, FILE_SLOT, LISTENER_FILES };
+
 struct listener {
     struct monitor *monitor;
     struct listener *next;
     uint32_t id;
     int fd;
     int state;      /* memfd with the ContainerProcessState that it came with */
+    int slot_fd;    /* memfd of `slot` */
     int channel;    /* our end; hung up on where there is no supervisor or it spoke nonsense */
     bool announced; /* to the supervisor; guarded by the monitor's lock */
-    struct seccomp_notif *notif;
+    bool running;   /* `thread` is set; guarded by the monitor's lock */
+    pthread_t thread;
+    atomic_bool receiving; /* the thread is where a signal may interrupt it */
+    struct slot *slot;
+    struct seccomp_notif *notif; /* in the slot */
     size_t notif_size;
     struct seccomp_notif_resp *response;
     size_t response_size;
     uint64_t sequence;
     uint64_t silent_until; /* CLOCK_MONOTONIC, ns: until then the supervisor, which let a call time out, is not asked */
-    struct mpu_ended counts; /* the packet that says the end, filled in as it goes */
     bool reported[MPU_CAUSES];
     uint8_t params[MPU_MAX_PARAMS];
 };
@@ -45,13 +54,17 @@ struct listener {
 struct monitor {
     struct kernel kernel;
     _Atomic(struct config *) config;
+    atomic_bool yielding; /* listeners are to be let go, each between two of its calls */
 
     /* Of the main thread; -1 where there is none. */
     int supervisor;
-    int control;     /* where supervisors connect */
+    int newcomer;    /* who connected last and has not said yet what it is */
+    int predecessor; /* a monitor whose place we take */
+    int control;     /* where supervisors and successors connect */
     int agent;       /* where runtimes connect: the OCI seccomp agent's socket */
     bool configured; /* the supervisor that is there has said what it wants */
     bool leaving;
+    bool is_kept; /* by a service manager, which starts us again with what it keeps for us */
 
     int wake;    /* an eventfd: there is news for the main thread */
     int signals; /* a signalfd: SIGTERM */
@@ -59,23 +72,31 @@ struct monitor {
     pthread_mutex_t lock; /* of what follows */
     pthread_cond_t told;  /* a listener was announced, or there is no supervisor any more */
     bool has_supervisor;  /* that has said what it wants */
+    int successor;        /* a monitor that takes our place; -1 where there is none */
     struct listener *listeners;
     uint32_t last_id;
     unsigned arriving; /* connections on the agent socket that are being read */
 };
 
+/* Say HELLO to who connected. */
+int monitor_greet(const struct monitor *monitor, int newcomer);
+
+/* The main thread's life. */
+void monitor_serve(struct monitor *monitor, struct packet *packet);
+
 /* Have the main thread look at the listeners. */
 void monitor_wake(struct monitor *monitor);
 
 /*
- * A listener and its number, linked into the monitor's, for listener_run to serve. Owns both fds, on failure too.
+ * A listener and its number, linked into the monitor's, for listener_run to serve. Without a slot it gets a new one.
+ * Owns all of the files, on failure too. -EEXIST where the monitor has this listener already.
  */
-int listener_create(struct monitor *monitor, int fd, int state, struct listener **created);
+int listener_create(struct monitor *monitor, const int files[LISTENER_FILES], struct listener **created);
 
 /* Where there is a supervisor, wait until it knows of the listener, so that the first call is translated, too. */
 void listener_await_supervisor(struct listener *listener);
 
-/* Serve until the last user of the filter is gone, then free. */
+/* Serve until the last user of the filter is gone or another monitor does it, then free. */
 void *listener_run(void *listener);
 
 /* listener_run in a thread of its own; on failure the listener is freed. */
@@ -83,6 +104,9 @@ int listener_start(struct listener *listener);
 
 /* See to the call that was received into listener->notif, up to the reply. */
 void call_handle(struct listener *listener);
+
+/* Leave to the driver the call that another monitor received into listener->notif, if it was not answered. */
+void call_leave(struct listener *listener);
 
 /* Send the supervisor a packet on the listener's channel. */
 int listener_tell(struct listener *listener, struct mpu_header *head, size_t head_size, uint64_t deadline);

@@ -76,6 +76,48 @@ int packet_send(int socket, const struct parcel *parcel, uint64_t deadline)
     return 0;
 }
 
+void packet_close(struct packet *packet)
+{
+    for (size_t i = 0; i < packet->n_fds; i++)
+        close(packet->fds[i]);
+    packet->n_fds = 0;
+}
+
+static void take_fds(struct packet *packet, struct msghdr *message)
+{
+    for (struct cmsghdr *at = CMSG_FIRSTHDR(message); at; at = CMSG_NXTHDR(message, at)) {
+        if (at->cmsg_level != SOL_SOCKET || at->cmsg_type != SCM_RIGHTS)
+            continue;
+        packet->n_fds = (at->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        memcpy(packet->fds, CMSG_DATA(at), packet->n_fds * sizeof(int));
+    }
+}
+
+int packet_receive(int socket, struct packet *packet)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(PACKET_FDS_MAX * sizeof(int))];
+    struct iovec room = {packet->bytes, sizeof(packet->bytes)};
+    struct msghdr message = {
+        .msg_iov = &room, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+    ssize_t got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+
+    packet->n_fds = 0;
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return -EAGAIN;
+    if (got <= 0)
+        return -EPIPE;
+    packet->size = (size_t)got;
+    packet->truncated = message.msg_flags & MSG_TRUNC;
+    packet->lost_fds = message.msg_flags & MSG_CTRUNC;
+    take_fds(packet, &message);
+    return 0;
+}
+
+bool packet_is_stable(const struct packet *packet, enum mpu_type type, size_t size)
+{
+    return !packet->truncated && packet->size == size && packet->header.length == size && packet->header.type == type;
+}
+
 bool packet_is_sound(const struct mpu_header *header, size_t size)
 {
     return size >= sizeof(*header) && header->length == size && header->version == MPU_PROTOCOL_VERSION &&

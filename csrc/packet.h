@@ -19,7 +19,23 @@ void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* From now until a deadline (CLOCK_MONOTONIC, ns), for poll: rounded up, 0 where it has passed. */
 int ms_until(uint64_t deadline);
 
-#define PACKET_FDS_MAX 2
+#define PACKET_FDS_MAX 4
+
+/* What one packet on the supervisor's or another monitor's socket brought. packet_close closes fds not claimed. */
+struct packet {
+    size_t size;
+    int fds[PACKET_FDS_MAX];
+    size_t n_fds;
+    bool truncated;
+    bool lost_fds; /* there were more than we may have open, or take */
+    union {
+        struct mpu_header header;
+        struct mpu_hello hello;
+        struct mpu_take_over take_over;
+        struct mpu_configure configure;
+        uint8_t bytes[sizeof(struct mpu_configure) + MPU_MAX_CONTROLS * sizeof(struct mpu_control)];
+    };
+};
 
 /* What is sent: a head, whose length and version are filled in, then a body, and with them some fds. */
 struct parcel {
@@ -34,7 +50,15 @@ struct parcel {
 /* Waits for room until the deadline; -EPIPE where the other end is gone, -ETIMEDOUT where there was no room. */
 int packet_send(int socket, const struct parcel *parcel, uint64_t deadline);
 
+/* The next packet; -EAGAIN where there is none, -EPIPE at the end. */
+int packet_receive(int socket, struct packet *packet);
+
+void packet_close(struct packet *packet);
+
 /* Whether a packet of this size begins with a header that says so, in our version. */
 bool packet_is_sound(const struct mpu_header *header, size_t size);
+
+/* Whether it is a whole packet of this type, one of those that are the same in every version. */
+bool packet_is_stable(const struct packet *packet, enum mpu_type type, size_t size);
 
 #endif

@@ -9,10 +9,13 @@
  * run on one machine.
  *
  *   monitor                                     supervisor
- *   HELLO                                 -->
+ *   HELLO [+ agent, control]              -->                              the sockets, where it has any
  *                                         <--   CONFIGURE                  first
  *                                         <--   ATTACH + listener, state   of `run`: others come by the agent socket
- *   ATTACHED + channel, state             -->                              once a listener and supervisor
+ *                                         <--   ADOPT + listener, state, slot   of a monitor that is gone
+ *   ATTACHED + channel, listener, state, slot   -->                        once a listener and supervisor
+ *   REPLACED                              -->                              last: another supervisor is there
+ *   MOVED                                 -->                              last: another monitor is there
  *                                         <--   LEAVE                      end when there is no listener
  *
  *   on a channel, for each call that is in the table
@@ -30,6 +33,17 @@
  * given; a state is a memfd with the OCI ContainerProcessState that came with the listener, which is the supervisor's
  * to read. A supervisor that connects takes the place of the one before, and is told of every listener that there is.
  *
+ * Either of the two may end at any moment. A supervisor keeps each listener, its state and its slot (slot.h), and has a
+ * new monitor adopt them when the old one is gone; one that the monitor has already is left as it is. A new monitor can
+ * also take a living one's place, by the control socket; the supervisor then connects to the new one:
+ *
+ *   old monitor                                 new monitor
+ *   HELLO + agent, control                -->
+ *                                         <--   TAKE_OVER
+ *   ADOPT + listener, state, slot         -->                              of each, between two of its calls
+ *
+ * HELLO, TAKE_OVER and ADOPT are the same in every version, so that each version can take another's place.
+ *
  * This header is also what cffi reads for the Python side: only integers, structs, enums and plain defines.
  */
 #ifndef MPU_PROTOCOL_H
@@ -37,10 +51,10 @@
 
 #include <stdint.h>
 
-#define MPU_PROTOCOL_VERSION 1
+#define MPU_PROTOCOL_VERSION 2
 #define MPU_MAX_PARAMS 65536 /* bytes of params in a packet; the largest control known has 55888 */
 #define MPU_MAX_CONTROLS 256
-#define MPU_CAUSES 16
+#define MPU_CAUSES 16 /* also in a slot: the same in every version */
 
 enum mpu_type {
     MPU_HELLO = 1,
@@ -54,6 +68,10 @@ enum mpu_type {
     MPU_OUTCOME = 9,
     MPU_ENDED = 10,
     MPU_LEAVE = 11,
+    MPU_ADOPT = 12,
+    MPU_TAKE_OVER = 13,
+    MPU_REPLACED = 14,
+    MPU_MOVED = 15,
 };
 
 /* What became of a call in the table: translated, or the cause for which it was answered with continue. */
@@ -89,6 +107,8 @@ struct mpu_header {
 
 struct mpu_hello {
     struct mpu_header header;
+    uint32_t pid;
+    uint32_t is_kept; /* 1: a service manager starts it again, nobody else need */
 };
 
 struct mpu_control {
@@ -122,9 +142,30 @@ struct mpu_leave {
     struct mpu_header header;
 };
 
+struct mpu_adopt {
+    struct mpu_header header;
+};
+
+struct mpu_take_over {
+    struct mpu_header header;
+    uint32_t pid; /* of the new monitor */
+    uint32_t reserved;
+};
+
+struct mpu_moved {
+    struct mpu_header header;
+    uint32_t pid; /* of the monitor that has taken the place of this one */
+    uint32_t reserved;
+};
+
+struct mpu_replaced {
+    struct mpu_header header;
+};
+
 struct mpu_attached {
     struct mpu_header header;
-    int32_t error; /* of an ATTACH: 0, or its errno, and then there are no fds */
+    uint64_t identity; /* of the listener, whichever monitor serves it */
+    int32_t error;     /* of an ATTACH or ADOPT: 0, or its errno, and then there are no fds */
     uint32_t reserved;
 };
 
@@ -164,11 +205,15 @@ struct mpu_outcome {
     uint32_t reserved;
 };
 
-struct mpu_ended {
-    struct mpu_header header;
+struct mpu_counts {
     uint64_t received;           /* notifications */
     uint64_t untranslated;       /* of these, not in the table */
     uint64_t causes[MPU_CAUSES]; /* of these, by enum mpu_cause */
+};
+
+struct mpu_ended {
+    struct mpu_header header;
+    struct mpu_counts counts;
 };
 
 #endif

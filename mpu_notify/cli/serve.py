@@ -12,7 +12,15 @@ from typing import NoReturn
 
 from mpu_notify.cli import options
 from mpu_notify.notify import native
-from mpu_notify.notify.monitor import Monitor, MonitorError, identify, start_daemon
+from mpu_notify.notify.monitor import (
+    Monitor,
+    MonitorError,
+    OtherVersionError,
+    identify,
+    replace_daemon,
+    start_daemon,
+    start_daemon_on,
+)
 from mpu_notify.observe import log
 from mpu_notify.pidns import require_initial_namespace
 from mpu_notify.supervisor import configuration
@@ -73,17 +81,19 @@ def main(args: argparse.Namespace) -> int:
     require_initial_namespace()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    monitor: Monitor | None = None
+    supervisor: Supervisor | None = None
     try:
-        monitor = _monitor(wanted)
+        monitors = _Monitors(wanted)
+        monitor = monitors.first()
+        supervisor = Supervisor(monitor, reconnect=monitors.another)
         native.keep_needed_capabilities()
         print(f"READY socket={wanted.socket} monitor={monitor.pid} supervisor={os.getpid()}", flush=True)
         _notify_systemd("READY=1")
-        Supervisor(monitor).serve()
+        supervisor.serve()
     except _ToldToEndError:
-        if monitor is not None:
-            monitor.leave()
-            monitor.close()
+        if supervisor is not None:
+            supervisor.monitor.leave()
+            supervisor.monitor.close()
     return 0
 
 
@@ -101,22 +111,46 @@ def _settings(args: argparse.Namespace) -> configuration.Configuration:
     return replace(file, log=log_settings, **{key: value for key, value in said.items() if value is not None})
 
 
-def _monitor(wanted: configuration.Configuration) -> Monitor:
-    agent = Path(wanted.socket)
-    control = agent.with_suffix(".control")
-    device = identify(Path(wanted.device))
-    silence_ms = max(1, round(wanted.answer_timeout * 1000))
-    try:
-        agent.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    except OSError as error:
-        raise MonitorError(f"cannot make {agent.parent} for the socket: {error.strerror}") from error
-    monitor = Monitor.connect(control, device, MONITORED, silence_ms)
-    if monitor is None:
-        start_daemon(agent, control)
-        monitor = Monitor.connect(control, device, MONITORED, silence_ms)
-    if monitor is None:
-        raise MonitorError(f"the monitor that was just started does not listen on {control}")
-    return monitor
+class _Monitors:
+    """Comes by the monitor: the one that runs, else one that is started, of our version."""
+
+    def __init__(self, wanted: configuration.Configuration) -> None:
+        self._agent = Path(wanted.socket)
+        self._control = self._agent.with_suffix(".control")
+        self._device = identify(Path(wanted.device))
+        self._silence_ms = max(1, round(wanted.answer_timeout * 1000))
+
+    def first(self) -> Monitor:
+        """Raises MonitorError."""
+        try:
+            self._agent.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise MonitorError(f"cannot make {self._agent.parent} for the socket: {error.strerror}") from error
+        monitor = self._connect()
+        if monitor is None:
+            start_daemon(self._agent, self._control)
+            monitor = self._connect()
+        return self._found(monitor)
+
+    def another(self, lost: Monitor) -> Monitor:
+        """After one was lost. Its sockets live on in ours, so those who connect meanwhile wait. Raises MonitorError."""
+        if lost.sockets is not None and not lost.is_kept and not lost.is_alive():
+            start_daemon_on(lost.sockets)
+        return self._found(self._connect())
+
+    def _connect(self) -> Monitor | None:
+        try:
+            return Monitor.connect(self._control, self._device, MONITORED, self._silence_ms)
+        except OtherVersionError as error:
+            if error.is_kept:
+                raise
+        replace_daemon(self._control)
+        return Monitor.connect(self._control, self._device, MONITORED, self._silence_ms)
+
+    def _found(self, monitor: Monitor | None) -> Monitor:
+        if monitor is None:
+            raise MonitorError(f"no monitor listens on {self._control}")
+        return monitor
 
 
 def _end(_number: int, _frame: object) -> NoReturn:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
-import struct
 import subprocess
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,18 +16,33 @@ from typing import NamedTuple
 
 from mpu_notify.errors import MpuNotifyError
 from mpu_notify.notify import protocol
+from mpu_notify.notify.process import fork
 from mpu_notify.rm.abi import CONTROL_NODE, CONTROL_NODE_MAJOR, CONTROL_NODE_MINOR
 
 PROGRAM = Path(__file__).parent.parent / "_bin" / "mpu-notify-monitor"
 DEFAULT_SILENCE_MS = 1000
 
 _ANSWER_SECONDS = 10.0
-_ATTACHED_FDS = 2  # channel and state, protocol.h
-_UCRED = struct.Struct("3i")  # unix(7)
+_ATTACHED_FDS = 4  # channel, listener, state and slot, protocol.h
+_SERVICE_MANAGERS = frozenset({"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"})
+_HELLO_FDS = 2  # agent and control, protocol.h
 
 
 class MonitorError(MpuNotifyError):
     """The monitor could not be started or did not do what it was asked; the text says what to do."""
+
+
+class OtherVersionError(MonitorError):
+    """The monitor speaks another version of the protocol; `is_kept` as in protocol.Hello."""
+
+    def __init__(self, hello: protocol.Hello) -> None:
+        text = f"it speaks protocol version {hello.version}, this supervisor {protocol.VERSION}"
+        super().__init__(f"{text}; restart mpu-notify-monitor.service" if hello.is_kept else text)
+        self.is_kept = hello.is_kept
+
+
+class ReplacedError(MonitorError):
+    """Another supervisor has taken our place."""
 
 
 class ListenerError(MonitorError):
@@ -88,23 +102,51 @@ class Channel:
         self._socket.close()
 
 
+class Files(NamedTuple):
+    """A listener and what goes with it, as fds that are ours: while we have them, its callers outlive a monitor."""
+
+    listener: int
+    state: int
+    slot: int
+
+    def close(self) -> None:
+        """Let them go."""
+        for fd in self:
+            os.close(fd)
+
+
 class Arrival(NamedTuple):
-    """A listener that the monitor serves, and the ContainerProcessState (OCI runtime-spec, JSON) that it came with."""
+    """A listener that the monitor serves, and the ContainerProcessState (OCI runtime-spec, JSON) that it came with.
+
+    `identity` is the listener's, whichever monitor serves it.
+    """
 
     channel: Channel
     state: bytes
+    identity: int
+    files: Files
+
+
+class Sockets(NamedTuple):
+    """The sockets that a daemon's monitor serves, as fds that are ours: while we have them, nobody is refused there."""
+
+    agent: int
+    control: int
 
 
 class Monitor:
     """A connected monitor. Not for use by several threads.
 
-    `pid` is its process; `process` is None where it was not started by us.
+    `pid` is its process; `process` is None where it was not started by us. `sockets` is None of a private one.
     """
 
     def __init__(self, connection: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
         self._socket = connection
+        self._pidfd = -1
         self.process = process
-        self.pid = _peer_pid(connection) if process is None else process.pid
+        self.pid = 0
+        self.is_kept = False
+        self.sockets: Sockets | None = None
 
     @classmethod
     def start(
@@ -134,7 +176,10 @@ class Monitor:
     def connect(
         cls, control: Path, device: protocol.Device, controls: Iterable[protocol.Control], silence_ms: int
     ) -> Monitor | None:
-        """Take over a running monitor by its control socket; None where there is none. Raises MonitorError."""
+        """Take over a running monitor by its control socket; None where there is none.
+
+        Raises MonitorError, and OtherVersionError where the monitor must be replaced first.
+        """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.connect(str(control))
@@ -149,15 +194,25 @@ class Monitor:
     def configure(self, packet: bytes) -> None:
         """Hear its greeting and send it protocol.configure. Raises MonitorError, ProtocolError, OSError."""
         self._socket.settimeout(_ANSWER_SECONDS)
-        message = _receive(self._socket)
+        hello, fds = self._receive(_HELLO_FDS)
         self._socket.settimeout(None)
-        if not isinstance(message, protocol.Hello):
-            raise MonitorError(f"expected its greeting, got {message}")
+        if len(fds) == _HELLO_FDS:
+            self.sockets = Sockets(*fds)
+        if not isinstance(hello, protocol.Hello):
+            raise MonitorError(f"expected its greeting, got {hello}")
+        if hello.version != protocol.VERSION:
+            raise OtherVersionError(hello)
+        self.pid, self.is_kept = hello.pid, hello.is_kept
+        self._pidfd = _pidfd(hello.pid)
         self._socket.send(packet)
 
     def fileno(self) -> int:
         """The socket's fd, for select."""
         return self._socket.fileno()
+
+    def is_alive(self) -> bool:
+        """Whether its process lives, or the one in its place, whatever has become of the connection."""
+        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
 
     def attach(self, fd: int, state: bytes) -> None:
         """Have a listener served; it comes back by `receive`. The fd stays open here."""
@@ -168,25 +223,69 @@ class Monitor:
         finally:
             os.close(memory)
 
-    def receive(self) -> Arrival | None:
-        """Wait for the next listener; None where the monitor is gone. Raises ListenerError, ProtocolError."""
+    def adopt(self, files: Files) -> None:
+        """Have a listener served that another monitor served; it comes back by `receive`. The fds stay open here.
+
+        Raises MonitorError.
+        """
         try:
-            packet, fds, _, _ = socket.recv_fds(self._socket, protocol.MAX_PACKET, _ATTACHED_FDS)
-        except ConnectionResetError:
+            socket.send_fds(self._socket, [protocol.adopt()], list(files))
+        except OSError as error:
+            raise MonitorError(f"the monitor does not take a listener: {error.strerror}") from error
+
+    def receive(self) -> Arrival | None:
+        """Wait for the next listener; None where the monitor is gone or has hung up.
+
+        Raises ReplacedError, ListenerError, ProtocolError.
+        """
+        message, fds = self._receive(_ATTACHED_FDS)
+        if message is None or isinstance(message, protocol.Moved):
+            self._heed(message)
             return None
-        message = protocol.decode(packet) if packet else None
-        if message is None:
-            return None
+        if isinstance(message, protocol.Replaced):
+            raise ReplacedError("another supervisor has taken this one's place")
         if isinstance(message, protocol.Attached) and message.error:
             raise ListenerError(f"the monitor cannot serve the listener: {os.strerror(message.error)}")
         if not isinstance(message, protocol.Attached) or len(fds) != _ATTACHED_FDS:
             for fd in fds:
                 os.close(fd)
-            raise ListenerError(f"the monitor sent {message} with {len(fds)} of 2 files: are there too many open?")
-        channel, state = fds
-        with os.fdopen(state, "rb") as file:
-            file.seek(0)
-            return Arrival(Channel(socket.socket(fileno=channel), message.listener), file.read())
+            raise ListenerError(f"the monitor sent {message} with {len(fds)} files: are there too many open?")
+        channel, *files = fds
+        arrived = Files(*files)
+        state = os.pread(arrived.state, os.fstat(arrived.state).st_size, 0)
+        return Arrival(Channel(socket.socket(fileno=channel), message.listener), state, message.identity, arrived)
+
+    def hear_out(self) -> None:
+        """Take in why it hung up, if it said so. Listeners that it named are left: another monitor names them again.
+
+        Raises ReplacedError, ProtocolError.
+        """
+        self._socket.settimeout(0)
+        with suppress(BlockingIOError):
+            while (arrival := self._next()) is not None:
+                arrival.channel.close()
+                arrival.files.close()
+
+    def _next(self) -> Arrival | None:
+        while True:
+            try:
+                return self.receive()
+            except ListenerError:  # noqa: PERF203 - one that could not be served is not ours to bother about any more
+                continue
+
+    def _heed(self, last: protocol.Moved | None) -> None:
+        """From now on its process is the one that has taken its place."""
+        if last is not None:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+            self._pidfd = _pidfd(last.pid)
+
+    def _receive(self, most_fds: int) -> tuple[protocol.Message | None, list[int]]:
+        try:
+            packet, fds, _, _ = socket.recv_fds(self._socket, protocol.MAX_PACKET, most_fds)
+        except ConnectionResetError:
+            return None, []
+        return (protocol.decode(packet) if packet else None), fds
 
     def leave(self) -> None:
         """Tell the monitor that it may end once it has no listener. One that is gone has done so."""
@@ -196,6 +295,11 @@ class Monitor:
     def close(self) -> None:
         """Let the monitor go: it stays for as long as it has listeners, answering continue."""
         self._socket.close()
+        kept = [self._pidfd, *(self.sockets or ())]
+        self._pidfd, self.sockets = -1, None
+        for fd in kept:
+            if fd >= 0:
+                os.close(fd)
 
     def __enter__(self) -> Monitor:
         return self
@@ -206,9 +310,20 @@ class Monitor:
         self.close()
 
 
+def _pidfd(pid: int) -> int:
+    """-1 where the process is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+
+
 def _configured(monitor: Monitor, packet: bytes) -> Monitor:
     try:
         monitor.configure(packet)
+    except OtherVersionError:
+        monitor.close()
+        raise
     except (MonitorError, protocol.ProtocolError, OSError) as error:
         monitor.close()
         raise MonitorError(f"the monitor did not come up: {error}") from error
@@ -217,34 +332,59 @@ def _configured(monitor: Monitor, packet: bytes) -> Monitor:
 
 def start_daemon(agent: Path, control: Path, program: Path = PROGRAM) -> None:
     """Start a monitor that serves these two sockets for good, and wait until it does. Raises MonitorError."""
-    process = _spawn([program, "--listen", agent, "--control", control], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    while not _accepts(agent):
-        if process.poll() is not None:
-            raise MonitorError(f"the monitor ended while starting on {agent}: see what it said above")
-        if time.monotonic() > deadline:
-            raise MonitorError(f"the monitor does not accept on {agent}")
-        time.sleep(0.01)
+    _start(program, ["--listen", str(agent), "--control", str(control)])
 
 
-def _accepts(path: Path) -> bool:
-    """Whether somebody listens on a socket, without connecting to it (proc(5), /proc/net/unix: flag __SO_ACCEPTCON)."""
-    wanted = str(path)
-    with Path("/proc/net/unix").open(encoding="utf-8", errors="surrogateescape") as lines:
-        return any(line.rstrip("\n").endswith(f" {wanted}") and line.split()[3] == "00010000" for line in lines)
+def start_daemon_on(sockets: Sockets, program: Path = PROGRAM) -> None:
+    """The same on the sockets of a monitor that is gone."""
+    _start(program, ["--agent-fd", str(sockets.agent), "--control-fd", str(sockets.control)], *sockets)
+
+
+def replace_daemon(control: Path, program: Path = PROGRAM) -> None:
+    """Start a monitor that takes the place of the one that serves this socket; it gets the listeners by and by."""
+    _start(program, ["--take-over", str(control)])
+
+
+def _start(program: Path, options: Sequence[str], *fds: int) -> None:
+    """By a child that ends at once, so that the monitor, which outlives us, is init's to reap and not ours."""
+    failed, said = os.pipe()
+    with os.fdopen(failed, "rb") as failures:
+        child = fork(lambda: _start_and_leave(program, options, fds, said))
+        os.close(said)
+        reason = failures.read().decode()
+        os.waitpid(child, 0)
+    if reason:
+        raise MonitorError(reason)
+
+
+def _start_and_leave(program: Path, options: Sequence[str], fds: Sequence[int], said: int) -> int:
+    try:
+        process = _spawn([program, *options], *fds, stdout=subprocess.PIPE)
+        _await_ready(process, options)
+    except MonitorError as error:
+        os.write(said, str(error).encode())
+        return 1
+    return 0
+
+
+def _await_ready(process: subprocess.Popen[bytes], options: Sequence[str]) -> None:
+    assert process.stdout is not None  # noqa: S101 - asked for
+    if not select.select([process.stdout], [], [], _ANSWER_SECONDS)[0]:
+        process.kill()
+        raise MonitorError(f"the monitor did not become ready ({' '.join(options)})")
+    if process.stdout.readline() != b"READY\n":
+        raise MonitorError(f"the monitor ended while starting ({' '.join(options)}): see what it said above")
 
 
 def _spawn(command: Sequence[str | Path], *fds: int, stdout: int | None = None) -> subprocess.Popen[bytes]:
+    # What a service manager tells us, it does not tell the monitor that we start.
+    environment = {key: value for key, value in os.environ.items() if key not in _SERVICE_MANAGERS}
     try:
-        return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True)
+        return subprocess.Popen(
+            command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True, env=environment
+        )
     except OSError as error:
         raise MonitorError(f"cannot start {command[0]}: {error.strerror}; is mpu-notify installed?") from error
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid: int = _UCRED.unpack(credentials)[0]
-    return pid
 
 
 def _receive(connection: socket.socket) -> protocol.Message | None:

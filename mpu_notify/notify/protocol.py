@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mpu_notify.notify._native import ffi, lib
@@ -67,13 +68,31 @@ class Control(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """The monitor is there and speaks our version."""
+    """The monitor is there; is_kept: a service manager starts it again when it ends. The same in every version."""
+
+    version: int
+    pid: int
+    is_kept: bool
+
+
+class Replaced(NamedTuple):
+    """Another supervisor has taken our place; nothing follows."""
+
+
+class Moved(NamedTuple):
+    """Another monitor, of this pid, has taken the place of this one; nothing follows."""
+
+    pid: int
 
 
 class Attached(NamedTuple):
-    """A listener is served now, and its channel and state came along; error is 0, or the errno for which it is not."""
+    """A listener is served now, and its channel and files came along; error is 0, or the errno for which it is not.
+
+    `identity` is the listener's for good; `listener` is this monitor's number for it.
+    """
 
     listener: int
+    identity: int
     error: int
 
 
@@ -116,7 +135,7 @@ class Ended(NamedTuple):
     causes: Mapping[Cause, int]
 
 
-Message = Hello | Attached | Begun | Request | Outcome | Ended
+Message = Hello | Replaced | Moved | Attached | Begun | Request | Outcome | Ended
 
 
 def _view(packet: bytes, struct: str, size: int | None = None) -> Any:
@@ -150,36 +169,66 @@ def _outcome(packet: bytes) -> Outcome:
 
 def _ended(packet: bytes) -> Ended:
     it = _view(packet, "struct mpu_ended")
-    return Ended(it.header.listener, it.received, it.untranslated, {cause: it.causes[cause] for cause in Cause})
+    counts = it.counts
+    causes = {cause: counts.causes[cause] for cause in Cause}
+    return Ended(it.header.listener, counts.received, counts.untranslated, causes)
+
+
+def _hello(packet: bytes) -> Hello:
+    it = _view(packet, "struct mpu_hello")
+    return Hello(it.header.version, it.pid, bool(it.is_kept))
+
+
+def _replaced(packet: bytes) -> Replaced:
+    _view(packet, "struct mpu_replaced")
+    return Replaced()
+
+
+def _moved(packet: bytes) -> Moved:
+    return Moved(_view(packet, "struct mpu_moved").pid)
+
+
+def _attached(packet: bytes) -> Attached:
+    it = _view(packet, "struct mpu_attached")
+    return Attached(it.header.listener, it.identity, it.error)
+
+
+def _begun(packet: bytes) -> Begun:
+    it = _view(packet, "struct mpu_begun")
+    return Begun(it.header.listener, it.tid)
+
+
+_DECODERS: Mapping[int, Callable[[bytes], Message]] = MappingProxyType(
+    {
+        lib.MPU_HELLO: _hello,
+        lib.MPU_REPLACED: _replaced,
+        lib.MPU_MOVED: _moved,
+        lib.MPU_ATTACHED: _attached,
+        lib.MPU_BEGUN: _begun,
+        lib.MPU_TRANSLATE_IN: lambda packet: _request(packet, Step.IN),
+        lib.MPU_TRANSLATE_OUT: lambda packet: _request(packet, Step.OUT),
+        lib.MPU_OUTCOME: _outcome,
+        lib.MPU_ENDED: _ended,
+    }
+)
 
 
 def decode(packet: bytes) -> Message:
-    """The message in a packet from the monitor. Raises ProtocolError for anything else."""
+    """The message in a packet from the monitor. Raises ProtocolError for anything else.
+
+    A greeting is decoded in every version.
+    """
     size = ffi.sizeof("struct mpu_header")
     if len(packet) < size:
         raise ProtocolError(f"the monitor sent {len(packet)} bytes, shorter than a header")
     header = _view(packet[:size], "struct mpu_header")
-    if header.version != VERSION:
+    if header.version != VERSION and header.type != lib.MPU_HELLO:
         raise ProtocolError(f"the monitor speaks protocol version {header.version}, this supervisor {VERSION}")
     if header.length != len(packet):
         raise ProtocolError(f"the monitor sent {len(packet)} bytes where it said {header.length}")
-    kind: int = header.type
-    if kind == lib.MPU_HELLO:
-        _view(packet, "struct mpu_hello")
-        return Hello()
-    if kind == lib.MPU_ATTACHED:
-        attached = _view(packet, "struct mpu_attached")
-        return Attached(attached.header.listener, attached.error)
-    if kind == lib.MPU_BEGUN:
-        begun = _view(packet, "struct mpu_begun")
-        return Begun(begun.header.listener, begun.tid)
-    if kind in (Step.IN, Step.OUT):
-        return _request(packet, Step(kind))
-    if kind == lib.MPU_OUTCOME:
-        return _outcome(packet)
-    if kind == lib.MPU_ENDED:
-        return _ended(packet)
-    raise ProtocolError(f"the monitor sent a packet of type {kind}, which is not for a supervisor")
+    if header.type not in _DECODERS:
+        raise ProtocolError(f"the monitor sent a packet of type {header.type}, which is not for a supervisor")
+    return _DECODERS[header.type](packet)
 
 
 def _packet(struct: str, kind: int, fields: Mapping[str, object], listener: int = 0, body: bytes = b"") -> bytes:
@@ -209,6 +258,11 @@ def configure(device: Device, controls: Iterable[Control], silence_ms: int) -> b
 def attach() -> bytes:
     """A listener comes with the packet, and a memfd with the state of its container."""
     return _packet("struct mpu_attach", lib.MPU_ATTACH, {})
+
+
+def adopt() -> bytes:
+    """A listener that another monitor served comes with the packet, with its state and its slot."""
+    return _packet("struct mpu_adopt", lib.MPU_ADOPT, {})
 
 
 def leave() -> bytes:

@@ -53,16 +53,23 @@ def _run(handover: socket.socket, device: Device, name: str, silence_ms: int) ->
     try:
         with monitor:
             handover.send(SERVED)
-            supervisor = Supervisor(monitor)
+            supervisor = Supervisor(monitor, reconnect=lambda lost: _another(lost, device, silence_ms))
             if not _take_listener(handover, supervisor, name):
                 return 1
             supervisor.serve_until_idle()
     except (MonitorError, ProtocolError, OSError) as error:
         event(log, logging.ERROR, "supervisor ends", container=name, reason=str(error))
         return 1
-    if monitor.process is not None:
-        monitor.process.wait()
+    if supervisor.monitor.process is not None:
+        supervisor.monitor.close()
+        supervisor.monitor.process.wait()
     return 0
+
+
+def _another(lost: Monitor, device: Device, silence_ms: int) -> Monitor:
+    if lost.process is not None:
+        lost.process.poll()  # reap it, if it ended
+    return Monitor.start(device, MONITORED, silence_ms)
 
 
 def _detach_from_terminal() -> None:

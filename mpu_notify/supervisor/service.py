@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mpu_notify.notify import protocol
-from mpu_notify.notify.monitor import Channel, ListenerError, Monitor, MonitorError
+from mpu_notify.notify.monitor import Arrival, Channel, Files, ListenerError, Monitor, MonitorError
 from mpu_notify.notify.protocol import Begun, Cause, Ended, Outcome, Request, Step
 from mpu_notify.observe.log import OncePer, event
 from mpu_notify.pidns import PidNamespaceError, PidView, open_view
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 OpenView = Callable[[int], PidView]
 
+#: Comes by a monitor after this one was lost. Raises MonitorError where it must be tried again.
+Reconnect = Callable[[Monitor], Monitor]
+
 
 def _monitored(control: Control) -> protocol.Control:
     table = control.table
@@ -34,6 +37,9 @@ def _monitored(control: Control) -> protocol.Control:
 
 #: The control table as the monitor has it.
 MONITORED = tuple(_monitored(control) for control in CONTROLS)
+
+# Between two attempts to come by a monitor: the first at once, then twice as long each time, up to the last.
+_RETRY_SECONDS = 0.05, 2.0
 
 # Messages come close together, and waking up takes longer than most of them: look again for a while before sleeping.
 _SPIN_SECONDS = 2e-3
@@ -55,12 +61,20 @@ EXPLANATIONS = {
 }
 
 
+class _MonitorLostError(Exception):
+    """The monitor has ended, or hung up."""
+
+
 @dataclass
 class Container:
-    """What a listener belongs to: how the log names it, and its call under way."""
+    """What a listener belongs to: how the log names it, its files, and its call under way.
+
+    It has no channel while no monitor serves it.
+    """
 
     name: str
-    channel: Channel
+    channel: Channel | None
+    files: Files
     view: PidView | None = None
     asked: Translated | None = None
     answered: Translated | None = None
@@ -74,28 +88,34 @@ class Container:
 
 
 class Supervisor:
-    """Serves the listeners of one monitor."""
+    """Serves the listeners of a monitor, and has another monitor serve them where that one is lost.
 
-    def __init__(self, monitor: Monitor, open_pid_view: OpenView = open_view) -> None:
-        self._monitor = monitor
+    Without `reconnect` the loss is the end: MonitorError.
+    """
+
+    def __init__(
+        self, monitor: Monitor, open_pid_view: OpenView = open_view, reconnect: Reconnect | None = None
+    ) -> None:
+        self.monitor = monitor
         self._open_view = open_pid_view
-        self._containers: dict[int, Container] = {}
+        self._reconnect = reconnect
+        self._containers: dict[int, Container] = {}  # by the listener's identity
         self._awake_until = 0.0
         self._ready = selectors.DefaultSelector()
         self._ready.register(monitor, selectors.EVENT_READ)
 
     def attach(self, name: str, listener_fd: int) -> None:
         """Have the monitor serve a listener under this name; returns when it does. Raises MonitorError."""
-        self._monitor.attach(listener_fd, Description(name, "run").state())
+        self.monitor.attach(listener_fd, Description(name, "run").state())
         self._arrive()
 
     def serve_until_idle(self) -> None:
-        """Answer until the last container has ended. Raises MonitorError where the monitor ends before."""
+        """Answer until the last container has ended. Raises MonitorError where there is no monitor any more."""
         while self._containers:
             self._serve_some()
 
     def serve(self) -> None:
-        """Answer for good. Raises MonitorError where the monitor ends."""
+        """Answer for good. Raises MonitorError where there is no monitor any more."""
         while True:
             self._serve_some()
 
@@ -104,34 +124,80 @@ class Supervisor:
         if not ready:
             os.sched_yield()
             return
-        for key, _ in ready:
-            if isinstance(key.fileobj, Channel):
-                self._serve_one(key.fileobj)
-                continue
-            try:
-                self._arrive()
-            except ListenerError as error:
-                event(log, logging.ERROR, "a container stays untranslated", reason=str(error))
+        try:
+            for key, _ in ready:
+                if isinstance(key.fileobj, Channel):
+                    self._serve_one(key.fileobj, key.data)
+                else:
+                    self._arrive()
+        except _MonitorLostError:
+            self._replace_monitor()
+        except ListenerError as error:
+            event(log, logging.ERROR, "a container stays untranslated", reason=str(error))
         self._awake_until = time.monotonic() + _SPIN_SECONDS
 
     def _arrive(self) -> None:
         """Take the next listener from the monitor."""
-        arrival = self._monitor.receive()
+        arrival = self.monitor.receive()
         if arrival is None:
-            raise MonitorError(f"the monitor ended; {len(self._containers)} containers lose it")
+            raise _MonitorLostError
+        known = self._containers.get(arrival.identity)
+        if known is None:
+            self._containers[arrival.identity] = self._described(arrival)
+        else:
+            self._hang_up(known)
+            known.files.close()
+            known.channel, known.files = arrival.channel, arrival.files
+        self._ready.register(arrival.channel, selectors.EVENT_READ, arrival.identity)
+
+    def _described(self, arrival: Arrival) -> Container:
         number = arrival.channel.listener
         try:
             whose = Description.of(arrival.state)
         except StateError as error:
             whose = Description(f"listener {number}", "unknown")
             event(log, logging.WARNING, "bad message with a listener", container=whose.container, reason=str(error))
-        self._containers[number] = Container(whose.container, arrival.channel)
-        self._ready.register(arrival.channel, selectors.EVENT_READ)
         event(log, logging.INFO, "attached", container=whose.container, route=whose.route, pid=whose.pid)
+        return Container(whose.container, arrival.channel, arrival.files)
 
-    def _serve_one(self, channel: Channel) -> None:
+    def _replace_monitor(self) -> None:
+        """Come by another monitor and have it serve every listener; until then its callers wait."""
+        self.monitor.hear_out()
+        if self._reconnect is None:
+            raise MonitorError(f"the monitor ended; {len(self._containers)} containers lose it")
+        event(log, logging.WARNING, "the monitor is lost, its containers get another", containers=len(self._containers))
+        self._ready.unregister(self.monitor)
+        for container in self._containers.values():
+            self._hang_up(container)
+        pause, longest = _RETRY_SECONDS
+        while not self._move_to_another(self._reconnect):
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        self._ready.register(self.monitor, selectors.EVENT_READ)
+
+    def _hang_up(self, container: Container) -> None:
+        container.forget_call()
+        if container.channel is not None:
+            self._ready.unregister(container.channel)
+            container.channel.close()
+            container.channel = None
+
+    def _move_to_another(self, reconnect: Reconnect) -> bool:
+        """Whether there is another monitor now that has been given every listener."""
+        try:
+            another = reconnect(self.monitor)
+            self.monitor.close()
+            self.monitor = another
+            for container in self._containers.values():
+                another.adopt(container.files)
+        except MonitorError as error:
+            event(log, logging.ERROR, "no other monitor yet", reason=str(error))
+            return False
+        return True
+
+    def _serve_one(self, channel: Channel, identity: int) -> None:
         """One message of one listener: so that none keeps the others waiting."""
-        container = self._containers[channel.listener]
+        container = self._containers[identity]
         message = channel.receive()
         if isinstance(message, Request):
             channel.answer(message, self._guarded(container, lambda: self._translate(container, message)))
@@ -140,8 +206,10 @@ class Supervisor:
             container.view = self._guarded(container, lambda: self._open_view(message.tid))
         elif isinstance(message, Outcome):
             self._outcome(container, message)
+        elif isinstance(message, Ended):
+            self._ended(identity, message)
         else:
-            self._ended(container, message if isinstance(message, Ended) else None)
+            raise _MonitorLostError
 
     def _guarded(self, container: Container, attempt: Callable[[], T]) -> T | None:
         """What was attempted; None, which has the call answered with continue, where the system did not let us."""
@@ -183,16 +251,10 @@ class Supervisor:
             reason = EXPLANATIONS[outcome.cause]
             event(log, logging.WARNING, "not translated, the driver's own answer stands", reason=reason, **shown)
 
-    def _ended(self, container: Container, ended: Ended | None) -> None:
-        container.forget_call()
-        self._ready.unregister(container.channel)
-        container.channel.close()
-        del self._containers[container.channel.listener]
-        if ended is None:
-            event(
-                log, logging.ERROR, "the monitor hung up: calls go to the driver untranslated", container=container.name
-            )
-            return
+    def _ended(self, identity: int, ended: Ended) -> None:
+        container = self._containers.pop(identity)
+        self._hang_up(container)
+        container.files.close()
         counts = {cause.name.lower(): count for cause, count in ended.causes.items() if count}
         shown = {"calls": ended.received, "untranslated": ended.untranslated, **counts}
         event(log, logging.INFO, "ended", container=container.name, **shown)

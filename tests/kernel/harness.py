@@ -61,6 +61,9 @@ class Caller:
         assert ready, "the caller printed nothing"
         return self.process.stdout.readline().strip()
 
+    def says_something_within(self, seconds: float) -> bool:
+        return bool(select.select([self.process.stdout], [], [], seconds)[0])
+
     def poke(self, byte: str = "x") -> None:
         """One byte on its standard input."""
         assert self.process.stdin is not None

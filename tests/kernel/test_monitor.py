@@ -256,7 +256,8 @@ def test_a_monitor_that_heard_nonsense_says_so() -> None:
     with ours, process:
         ours.send(header(16, 99))
         assert process.stderr is not None
-        assert "16 bytes, type 99, which protocol version 1 does not have; answering continue" in process.stderr.read()
+        said = f"16 bytes, type 99, which protocol version {protocol.VERSION} does not have; answering continue"
+        assert said in process.stderr.read()
         assert process.wait(SECONDS) == 0, "with no listener there is nothing left to do"
 
 
@@ -265,6 +266,7 @@ def test_a_monitor_that_heard_nonsense_says_so() -> None:
     [
         *([], ["--supervisor"], ["--supervisor", "x"], ["--supervisor", "0"], ["--help"]),
         *(["--listen", "a"], ["--control", "c"], ["--listen", "a", "--control", "c", "--supervisor", "3"]),
+        *(["--agent-fd", "0"], ["--agent-fd", "0", "--control-fd", "0"], ["--take-over", "c", "--listen", "a"]),
     ],
 )
 def test_a_monitor_started_by_hand_says_how_it_is_used(arguments: list[str]) -> None:

@@ -10,9 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpu_notify.notify import protocol
-from mpu_notify.notify.protocol import Attached, Begun, Cause, Ended, Hello, Outcome, ProtocolError, Request, Step
+from mpu_notify.notify.protocol import (
+    Attached,
+    Begun,
+    Cause,
+    Ended,
+    Hello,
+    Moved,
+    Outcome,
+    ProtocolError,
+    Replaced,
+    Request,
+    Step,
+)
 
-HELLO, ATTACHED, BEGUN, CALL_IN, CALL_OUT, ANSWER, OUTCOME, ENDED = 1, 4, 5, 6, 7, 8, 9, 10
+HELLO, ATTACHED, BEGUN, CALL_IN, CALL_OUT, ANSWER, OUTCOME, ENDED, REPLACED, MOVED = 1, 4, 5, 6, 7, 8, 9, 10, 14, 15
+GREETING = struct.pack("=II", 42, 1)
 
 
 def packet(kind: int, body: bytes = b"", *, listener: int = 7, version: int = protocol.VERSION) -> bytes:
@@ -26,8 +39,10 @@ def call(kind: int, params: bytes, size: int | None = None) -> bytes:
 
 def test_each_message_is_decoded() -> None:
     counts = struct.pack("=QQ16Q", 9, 4, *range(16))
-    assert protocol.decode(packet(HELLO)) == Hello()
-    assert protocol.decode(packet(ATTACHED, struct.pack("=iI", 9, 0))) == Attached(7, 9)
+    assert protocol.decode(packet(HELLO, GREETING)) == Hello(protocol.VERSION, 42, is_kept=True)
+    assert protocol.decode(packet(REPLACED)) == Replaced()
+    assert protocol.decode(packet(MOVED, struct.pack("=II", 43, 0))) == Moved(43)
+    assert protocol.decode(packet(ATTACHED, struct.pack("=QiI", 5, 9, 0))) == Attached(7, 5, 9)
     assert protocol.decode(packet(BEGUN, struct.pack("=II", 33, 0))) == Begun(7, 33)
     assert protocol.decode(call(CALL_IN, b"abc")) == Request(7, 11, Step.IN, 0x2080018D, 22, b"abc")
     assert protocol.decode(call(CALL_OUT, b"")) == Request(7, 11, Step.OUT, 0x2080018D, 22, b"")
@@ -40,10 +55,10 @@ def test_each_message_is_decoded() -> None:
     "wrong",
     [
         b"",
-        packet(HELLO)[:-1],
-        packet(HELLO, b"more"),
-        packet(HELLO, version=protocol.VERSION + 1),
-        packet(HELLO) + b"x",
+        packet(HELLO, GREETING)[:-1],
+        packet(HELLO, GREETING + b"more"),
+        packet(HELLO, GREETING) + b"x",
+        packet(REPLACED, version=protocol.VERSION + 1),
         packet(ATTACHED),
         packet(99),
         packet(2),
@@ -60,6 +75,11 @@ def test_each_message_is_decoded() -> None:
 def test_anything_else_is_an_error(wrong: bytes) -> None:
     with pytest.raises(ProtocolError):
         protocol.decode(wrong)
+
+
+def test_a_monitor_of_another_version_is_understood_to_greet() -> None:
+    """Else a supervisor could not have it replaced."""
+    assert protocol.decode(packet(HELLO, GREETING, version=99)) == Hello(99, 42, is_kept=True)
 
 
 @given(st.binary(max_size=300))
