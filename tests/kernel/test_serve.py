@@ -19,7 +19,7 @@ import pytest
 from mpu_notify.notify import protocol
 
 from .conftest import StartStandIn
-from .harness import SECONDS, Caller, caller_host_pid, eventually, under_filter
+from .harness import SECONDS, Caller, caller_host_pid, eventually, stop_and_wait_for, under_filter
 
 STATE = {"ociVersion": "1.1.0", "fds": ["seccompFd"], "pid": 1, "state": {"id": "one", "status": "creating"}}
 READY = re.compile(r"READY socket=(\S+) monitor=(\d+) supervisor=(\d+)")
@@ -249,6 +249,36 @@ def test_a_process_in_another_pid_namespace_does_not_get_in(daemon: Daemon) -> N
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", _CONNECT, str(daemon.socket)]
     subprocess.run(command, check=True, timeout=SECONDS)
     eventually(lambda: daemon.says("neither root nor our user in our PID namespace"), "the refusal is logged")
+
+
+_CONNECT_AND_EXIT = """
+import os, socket, sys, time
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        s = socket.socket(socket.AF_UNIX)
+        s.connect(sys.argv[1])
+        s.sendall(b"{}")
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+print("all have exited", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_process_in_another_pid_namespace_that_exits_at_once_does_not_get_in_either(daemon: Daemon) -> None:
+    enter = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", _CONNECT_AND_EXIT]
+    stop_and_wait_for(daemon.monitor)
+    with subprocess.Popen([*enter, str(daemon.socket)], stdout=subprocess.PIPE, text=True) as container:
+        try:
+            assert container.stdout is not None
+            assert container.stdout.readline() == "all have exited\n"
+            os.kill(daemon.monitor, signal.SIGCONT)
+            eventually(lambda: daemon.log.read_text().count("in our PID namespace") == 20, "all are refused")
+        finally:
+            container.kill()
+            os.kill(daemon.monitor, signal.SIGCONT)
+    assert not daemon.says("no seccomp listener")
 
 
 def test_another_user_does_not_get_in_even_where_the_socket_is_open_to_all(daemon: Daemon) -> None:
