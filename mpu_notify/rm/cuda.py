@@ -29,11 +29,11 @@ class CudaUser:
         """Take `memory_bytes` on GPU number `gpu`, in CUDA's order. Raises CudaError."""
         self._cuda = load()
         self._device = ctypes.c_int()
-        context, self._memory = ctypes.c_void_p(), ctypes.c_uint64()
+        self._context, self._memory = ctypes.c_void_p(), ctypes.c_uint64()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", ctypes.byref(self._device), gpu)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self._call("cuCtxSetCurrent", context)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._call("cuCtxSetCurrent", self._context)
         self._call("cuMemAlloc_v2", ctypes.byref(self._memory), ctypes.c_size_t(memory_bytes))
 
     def _call(self, name: str, *arguments: object) -> None:

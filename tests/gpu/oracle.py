@@ -2,7 +2,8 @@
 
 On a driver that translates PIDs by itself (open flavour; 570.148.08, 575.57.08 or later) its own answer is the oracle
 for ours. Needs root in the initial PID namespace, nvidia-smi, nvidia-ml-py, nvitop, gpustat and, for one of the
-timings, torch; what is not there is said and left out. Takes about three minutes.
+timings, torch; what is not there is said and left out. Where there are two GPUs, both are used. No setting of the card
+is changed. Takes about four minutes, and ends itself before five.
 
 Exit status: 0 if no difference is unexplained, 1 if one is or something could not be compared.
 """
@@ -32,83 +33,26 @@ except ImportError:  # not installed, but built in place
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tests.gpu, whatever else calls itself tests
 
+from mpu_notify.errors import MpuNotifyError
 from mpu_notify.pidns import require_initial_namespace
+from mpu_notify.rm.abi import CONTROL_NODE
+from mpu_notify.rm.client import RmClient
 from mpu_notify.standin.process import StandIn
-from tests.gpu import report, rows
+from tests.gpu import ask as questions
+from tests.gpu import raw, report
 from tests.gpu.report import Comparison, Findings, Timing
-from tests.gpu.rows import Judgement, Row, Verdict
-from tests.gpu.scene import (
-    CONTROL_NODE,
-    HERE,
-    Answer,
-    Place,
-    Scene,
-    SceneError,
-    Shell,
-    ask,
-    left_behind,
-    mpu_notify_command,
-    open_shell,
-    python,
-    set_scene,
-)
+from tests.gpu.rows import Judgement, Verdict
+from tests.gpu.scene import HERE, Place, Scene, SceneError, Shell, ask, left_behind, open_shell, python, set_scene
+from tests.gpu.tools import ASK_PY, Machine, Tool, session_tools
 
 RESULTS = HERE.parents[1] / "docs" / "gpu-results.md"
-BUDGET_S = 330.0
+BUDGET_S = 230.0
+_GRACE_S = 55.0  # what was begun within the budget ends within this, or is ended
 _TRIES = 3
-_LIMIT_S = 20  # of one tool
-_ASK_PY = str(HERE / "ask.py")
-
-
-class Tool(NamedTuple):
-    """A tool that lists GPU processes."""
-
-    name: str
-    command: list[str]
-    parse: Callable[[str], Iterable[Row]]
-    tells_memory: bool = True
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the scene runs on: a real GPU, or a stand-in driver at this control node."""
-
-    stand_in: Path | None = None
-
-    @property
-    def control_node(self) -> Path:
-        return self.stand_in or CONTROL_NODE
-
-    @property
-    def device(self) -> list[str]:
-        return ["--device", str(self.stand_in)] if self.stand_in else []
-
-    def tools(self) -> list[Tool]:
-        """Those that work on it."""
-        apps = "--query-compute-apps=pid,process_name,used_memory"
-        raw = python(_ASK_PY, "subdevices", *self.device)
-        ours = [
-            Tool("mpu-notify ps --json", mpu_notify_command("ps", "--json", *self.device), rows.mpu_notify_ps),
-            Tool("raw GET_PIDS of class 0x2080", raw, rows.ask, tells_memory=False),
-        ]
-        if self.stand_in:
-            return ours
-        return [
-            Tool("nvidia-smi", ["nvidia-smi"], rows.nvidia_smi),
-            Tool(f"nvidia-smi {apps} --format=csv", ["nvidia-smi", apps, "--format=csv"], rows.compute_apps),
-            Tool("nvidia-smi pmon -s m -c 1", ["nvidia-smi", "pmon", "-s", "m", "-c", "1"], rows.pmon),
-            Tool("nvidia-ml-py, running processes v3", python(_ASK_PY, "nvml"), rows.ask),
-            Tool("nvitop -1", python("-m", "nvitop", "-1"), rows.nvitop),
-            Tool("gpustat --json", python("-m", "gpustat", "--json"), rows.gpustat),
-            *ours,
-        ]
-
-    def table(self) -> list[str]:
-        """The command whose wall time is compared."""
-        return mpu_notify_command("ps", "--json", *self.device) if self.stand_in else ["nvidia-smi"]
-
-    def run(self, *options: str) -> list[str]:
-        return mpu_notify_command("run", "--translate", "always", *self.device, *options, "--")
+_LIMIT_S = 15  # of one tool
+_TRAINING_LIMIT_S = 45
+_SAMPLES_S = 15  # the driver's ring of utilisation samples spans so much
+_MOST_GPUS = 2
 
 
 _START = time.monotonic()
@@ -141,9 +85,24 @@ class Log:
         return now - before
 
 
+@dataclass
+class Run:
+    """One run of this script."""
+
+    machine: Machine
+    work: Path
+    raw: Path | None
+    deadline: float
+    findings: Findings
+    write: Callable[[], None]
+
+    def in_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+
 def compare(tool: Tool, scene: Scene, there: Place, log: Log) -> Comparison:
     """Ask a tool under the filter and outside; again where they differ, for processes come and go."""
-    comparison = Comparison(tool.name, there.name)
+    comparison = Comparison(tool.name, there.name, show=tool.show)
     for _ in range(_TRIES):
         comparison.tries += 1
         start = time.monotonic()
@@ -159,106 +118,133 @@ def compare(tool: Tool, scene: Scene, there: Place, log: Log) -> Comparison:
 
 def _try(comparison: Comparison, tool: Tool, scene: Scene, there: Place, log: Log) -> Judgement:
     comparison.ours = comparison.drivers = []
+    comparison.note = ""
+    truth = scene.truth(there)
+    command = tool.asked(truth)
     before = log.translated()
-    ours = there.shell.run(tool.command, _LIMIT_S)
+    ours = there.shell.run(command, _LIMIT_S)
     comparison.raw.append(("ours", ours))
     if (ours.status and "No module named" in ours.err) or ours.status in (126, 127):
         return Judgement(Verdict.NOT_INSTALLED, ours.err.strip().splitlines()[-1] if ours.err.strip() else "")
-    comparison.translated = log.translated_since(before)
-    drivers = there.drivers_own(tool.command, _LIMIT_S)
+    drivers = there.drivers_own(command, _LIMIT_S)
     comparison.raw.append(("the driver's own", drivers))
-    comparison.ours = rows.order(_parsed(tool, ours))
-    comparison.drivers = rows.order(_parsed(tool, drivers))
-    if not comparison.translated:
-        return Judgement(Verdict.FAILED, "none of our side's calls was translated")
-    truth = scene.truth(there)
-    return rows.judge(comparison.ours, comparison.drivers, truth if tool.tells_memory else truth.keys())
+    comparison.translated = log.translated() - before
+    outcome = tool.judge(ours, drivers, truth)
+    comparison.ours, comparison.drivers, comparison.note = outcome.ours, outcome.drivers, outcome.note
+    if outcome.translated and not comparison.translated:
+        comparison.translated = log.translated_since(before)
+    verdict, why = outcome.judgement
+    if outcome.translated and not comparison.translated:
+        why = "; ".join(filter(None, ("none of our side's calls was translated", why)))
+        return Judgement(verdict if verdict is Verdict.DIFFERENT else Verdict.FAILED, why)
+    return outcome.judgement
 
 
-def _parsed(tool: Tool, answer: Answer) -> list[Row]:
-    found: list[Row] = []
-    try:
-        found = list(tool.parse(answer.out))
-    except (ValueError, KeyError, TypeError) as error:
-        if not answer.status:
-            raise ValueError(f"cannot read the answer: {error!r}") from error
-    if answer.status and not found:  # nvitop has its rows and a status of 1 where it misses some figure
-        raise ValueError(f"exit status {answer.status}: {answer.err.strip()[-300:]}")
-    return found
-
-
-def compare_all(machine: Machine, work: Path, findings: Findings, raw: Path | None, deadline: float) -> None:
+def compare_all(run: Run) -> None:
     """Set the scene and compare every tool in every namespace."""
-    logs = {name: work / f"log-{name}.jsonl" for name in "AB"}
+    logs = {name: run.work / f"log-{name}.jsonl" for name in "AB"}
+    findings = run.findings
 
-    def run(name: str) -> list[str]:
+    def command(name: str) -> list[str]:
         log = ("--log-level", "debug", "--log-format", "json", "--log-file", str(logs[name]))
-        return [*machine.run(*log), "sh"]
+        return [*run.machine.run(*log), "sh"]
 
     with ExitStack() as stack:
-        worker_options = machine.device or ["--cuda"]
-        scene = set_scene(work, run, worker_options, stack)
+        options = run.machine.device or ["--cuda"]
+        scene = set_scene(run.work, command, [*options, "--busy"], min(_MOST_GPUS, len(run.machine.gpus)), stack)
         findings.problems += scene.problems
+        findings.notes += scene.notes
         findings.workers = [
-            f"{one.name} | {one.mib} MiB | {', '.join(map(str, one.process.pids))}"
+            f"{one.name} | {', '.join(map(str, one.gpus))} | {one.mib} MiB | {', '.join(map(str, one.process.pids))}"
             for one in scene.workers
             if one.process
         ]
         say(f"the scene is set; problems: {scene.problems or 'none'}")
         for line in findings.workers:
             say(f"    {line}")
+        _wait_for_samples(run, scene)
+        tools = run.machine.tools()
+        if not run.machine.stand_in:
+            further, notes = session_tools()
+            tools += further
+            findings.notes += notes
         if "host" in scene.places:
-            _check_host(machine, scene, findings)
+            _check_host(tools, scene, findings)
+        run.write()
         for there in scene.places.values():
             if there.depth:
-                _compare_in(there, machine, scene, findings, deadline)
+                _compare_in(there, tools, scene, run)
+                run.write()  # what is known is kept should the rest fail or take too long
     if left := left_behind(scene):
         findings.problems.append(f"left behind: {', '.join(left)}")
     for name, file in logs.items():
         found = [one for one in Log(file).records() if one["level"] in ("warning", "error")]
         findings.untranslated += [f"{name}: {one['message']}: {one.get('reason', '')}" for one in found]
-        if raw and file.exists():
-            (raw / file.name).write_bytes(file.read_bytes())
-    if raw:
-        _write_raw(raw, findings)
+        if run.raw and file.exists():
+            (run.raw / file.name).write_bytes(file.read_bytes())
 
 
-def _compare_in(there: Place, machine: Machine, scene: Scene, findings: Findings, deadline: float) -> None:
+def _compare_in(there: Place, tools: Iterable[Tool], scene: Scene, run: Run) -> None:
     log = Log(scene.work / f"log-{'B' if there.name == 'B' else 'A'}.jsonl")
-    for tool in machine.tools():
-        if time.monotonic() > deadline:
-            findings.problems.append(f"{there.name}: {tool.name}: no time left to ask it")
+    for tool in tools:
+        if not run.in_time():
+            run.findings.problems.append(f"{there.name}: {tool.name}: no time left to ask it")
             continue
         done = compare(tool, scene, there, log)
-        findings.comparisons.append(done)
+        run.findings.comparisons.append(done)
         why = f": {done.judgement.why}" if done.judgement.verdict is not Verdict.EQUAL else ""
-        say(f"{there.name}: {tool.name}: {done.judgement.verdict.value}{why[:200]}")
+        say(f"{there.name}: {tool.name}: {done.judgement.verdict.value}: {done.note}{why[:300]}")
+        if run.raw:
+            _write_raw(run.raw, done)
 
 
-def _check_host(machine: Machine, scene: Scene, findings: Findings) -> None:
-    """On the host, unaided, every process is listed by its number there; the machine may have others too."""
-    truth = scene.truth(scene.places["host"])
-    for tool in machine.tools()[-2:]:
+def _wait_for_samples(run: Run, scene: Scene) -> None:
+    """Wait until the driver has utilisation samples of every worker, as far as it ever has."""
+    workers = scene.truth(scene.places["host"]).memory if "host" in scene.places else {}
+    wanted, start, refused = set(workers), time.monotonic(), ""
+    while wanted and not refused and time.monotonic() < start + _SAMPLES_S:
         try:
-            found = _parsed(tool, ask(tool.command, 20))
-            known = [row for row in found if row.pid in truth]
-            repeats = len(known) - len(set(known))
-            wrong = rows.untrue(list(set(known)), truth if tool.tells_memory else truth.keys())
-            note = f" ({repeats} rows are repeats)" if repeats else ""
+            for told in raw.answers(
+                json.dumps({"answers": list(questions.raw(run.machine.stand_in, "utilisation", ()))})
+            ):
+                refused = refused if told.status == 0 else f"GPU {told.gpu}: {told.outcome}"
+                seen = raw.samples(told.params).processes()
+                wanted -= {(gpu, pid) for gpu, pid in wanted if gpu == told.gpu and pid in seen}
+        except (MpuNotifyError, ValueError) as error:
+            refused = str(error)
+        time.sleep(0.3)
+    if refused:
+        run.findings.notes.append(f"no utilisation samples: {refused}")
+    elif wanted == set(workers) and workers:
+        run.findings.problems.append(f"the driver has no utilisation sample of any process, after {_SAMPLES_S} s")
+    elif wanted:
+        never = ", ".join(f"{pid} on GPU {gpu}" for gpu, pid in sorted(wanted))
+        run.findings.notes.append(f"never in the driver's utilisation samples of {_SAMPLES_S} s, by host PID: {never}")
+    say(
+        f"utilisation samples: {refused or f'{len(workers) - len(wanted)} of {len(workers)} in'} "
+        f"{time.monotonic() - start:.1f} s"
+    )
+
+
+def _check_host(tools: Iterable[Tool], scene: Scene, findings: Findings) -> None:
+    """On the host, unaided, the driver tells of every process by its number there."""
+    truth = scene.truth(scene.places["host"])
+    for tool in tools:
+        if tool.check is None:
+            continue
+        try:
+            wrong, note = tool.check(ask(tool.asked(truth), _LIMIT_S), truth)
         except Exception as error:  # noqa: BLE001 - as above
             wrong, note = f"{type(error).__name__}: {error}", ""
-        findings.host.append((tool.name + note, wrong))
+        findings.host.append((tool.name, wrong, note))
         say(f"host: {tool.name}: {wrong or 'all of the scene by host PIDs'}{note}")
 
 
-def _write_raw(raw: Path, findings: Findings) -> None:
-    texts: dict[str, list[str]] = {}
-    for one in findings.comparisons:
-        for side, answer in one.raw:
-            head = f"##### {one.tool} / {side} / status {answer.status} / {answer.seconds:.3f} s"
-            texts.setdefault(one.place.replace(" ", "-"), []).append(f"{head}\n{answer.out}\n{answer.err}")
-    for name, text in texts.items():
-        (raw / f"{name}.txt").write_text("\n".join(text))
+def _write_raw(raw_directory: Path, done: Comparison) -> None:
+    with (raw_directory / f"{done.place.replace(' ', '-')}.txt").open("a", encoding="utf-8") as file:
+        for side, answer in done.raw:
+            file.write(f"##### {done.tool} / {side} / status {answer.status} / {answer.seconds:.3f} s\n")
+            file.write(f"{answer.out}\n{answer.err}\n")
 
 
 def _seconds(command: list[str]) -> Callable[[Shell], float]:
@@ -319,8 +305,9 @@ def _table_name(machine: Machine) -> str:
     return "mpu-notify ps" if machine.stand_in else "nvidia-smi"
 
 
-def measure(machine: Machine, work: Path, findings: Findings, deadline: float) -> None:
+def measure(run: Run) -> None:
     """What the filter costs."""
+    machine, work, findings, deadline = run.machine, run.work, run.findings, run.deadline
     with ExitStack() as stack:
         try:
             under = open_shell("speed-filter", [*machine.run(), "sh"], work, stack)
@@ -338,8 +325,8 @@ def measure(machine: Machine, work: Path, findings: Findings, deadline: float) -
         except (SceneError, OSError) as error:
             findings.problems.append(f"timing: {error}")
             return
-        question = python(_ASK_PY, "time-running", "--times", "50" if machine.stand_in else "2000", *machine.device)
-        context = python(_ASK_PY, "time-context", *machine.device)
+        question = python(ASK_PY, "time-running", "--times", "50" if machine.stand_in else "2000", *machine.device)
+        context = python(ASK_PY, "time-context", *machine.device)
         for timing, take, times in (
             (
                 Timing(f"{_table_name(machine)}, wall time, two GPU processes running", "ms", limit=1.03),
@@ -350,6 +337,7 @@ def measure(machine: Machine, work: Path, findings: Findings, deadline: float) -
             (Timing("NVML, one question for running processes", "us"), _seconds(question), 5),
         ):
             findings.timings.append(time_pairs(timing, take, pair, times, deadline))
+            run.write()
     findings.timings.append(count_traps(machine, work, deadline))
 
 
@@ -363,9 +351,9 @@ def count_traps(machine: Machine, work: Path, deadline: float) -> Timing:
             break
         log = work / f"train-{name.replace(' ', '-')}.jsonl"
         options = ("--log-level", "info", "--log-format", "json", "--log-file", str(log))
-        command = [*machine.run(*options), *python(_ASK_PY, "train", "--times", str(steps), *machine.device)]
+        command = [*machine.run(*options), *python(ASK_PY, "train", "--times", str(steps), *machine.device)]
         try:
-            answer = ask(command, 120)
+            answer = ask(command, _TRAINING_LIMIT_S)
             ended = [one for one in Log(log).records() if one["message"] == "ended"]
             if answer.status or not ended:
                 timing.note = f"failed: {answer.err.strip()[-300:] or f'exit status {answer.status}'}"
@@ -399,6 +387,8 @@ def _environment() -> Iterator[Path]:
         # The safe path: a checkout that is not built shall not hide the package that is installed.
         os.environ.update(PYTHONPATH=":".join(path), PYTHONSAFEPATH="1", PYTHONUTF8="1", LC_ALL="C.UTF-8")
         os.environ.update(NO_COLOR="1", COLUMNS="200")
+        # CUDA shall count the GPUs as nvidia-smi does, and keep nothing of what it compiles.
+        os.environ.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_CACHE_DISABLE="1")
         try:
             yield work
         finally:
@@ -414,13 +404,27 @@ def results_text(findings: Findings, *, real: bool) -> str:
     return told
 
 
+def _gpus(control_node: Path, findings: Findings) -> dict[str, str]:
+    """The GPUs' numbers by their PCI addresses; one of no address where the driver does not tell."""
+    try:
+        with RmClient(control_node) as client:
+            found = {gpu.pci_address: str(gpu.index) for gpu in client.gpus()}
+    except MpuNotifyError as error:
+        findings.problems.append(f"GPUs: {error}")
+        found = {"": "0"}
+    if list(found.values()) != [str(number) for number in range(len(found))]:
+        findings.notes.append(f"this is not all of the machine's GPUs: {', '.join(found.values())}")
+    return found
+
+
 def examine(results: Path | None, raw: Path | None, *, stand_in: bool, seconds: float = BUDGET_S) -> Findings:
     """Compare, measure and write the results; all that was started is ended."""
     require_initial_namespace()
     findings = Findings()
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
 
     def write() -> None:
+        findings.seconds = time.monotonic() - start
         text = results_text(findings, real=not stand_in)
         if results:
             results.parent.mkdir(parents=True, exist_ok=True)
@@ -430,13 +434,15 @@ def examine(results: Path | None, raw: Path | None, *, stand_in: bool, seconds: 
 
     with ExitStack() as stack:
         work = stack.enter_context(_environment())
-        machine = Machine(stack.enter_context(StandIn("--era", "native")).control_node if stand_in else None)
         if raw:
             raw.mkdir(parents=True, exist_ok=True)
+        node = stack.enter_context(StandIn("--era", "native", "--gpus", "2")).control_node if stand_in else None
+        machine = Machine(node, _gpus(node or CONTROL_NODE, findings))
+        run = Run(machine, work, raw, start + seconds, findings, write)
         try:
-            compare_all(machine, work, findings, raw, deadline)
-            write()  # what is known is kept should the rest take too long
-            measure(machine, work, findings, deadline)
+            compare_all(run)
+            measure(run)
+            findings.complete = True
         finally:
             write()
     return findings
@@ -452,7 +458,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=BUDGET_S, help="begin nothing later (default: %(default)g)")
     args = parser.parse_args()
     results = args.results or (None if args.stand_in else RESULTS)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.setitimer(signal.ITIMER_REAL, args.seconds + _GRACE_S)
     findings = examine(results, args.raw, stand_in=args.stand_in, seconds=args.seconds)
     print(results_text(findings, real=not args.stand_in))
     if missing := sorted({one.tool for one in findings.comparisons if one.judgement.verdict is Verdict.NOT_INSTALLED}):

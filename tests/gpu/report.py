@@ -9,9 +9,10 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
-from tests.gpu.rows import Judgement, Row, Verdict
+from tests.gpu.rows import Judgement, Verdict
 from tests.gpu.scene import Answer
 
 
@@ -21,8 +22,10 @@ class Comparison:
 
     tool: str
     place: str
-    ours: list[Row] = field(default_factory=list)
-    drivers: list[Row] = field(default_factory=list)
+    ours: Sequence[object] = ()
+    drivers: Sequence[object] = ()
+    note: str = ""
+    show: bool = False  # the answers, though they be equal
     judgement: Judgement = field(default_factory=lambda: Judgement(Verdict.FAILED))
     tries: int = 0
     translated: int = 0
@@ -47,15 +50,19 @@ class Findings:
     """All that the results tell."""
 
     comparisons: list[Comparison] = field(default_factory=list)
-    host: list[tuple[str, str]] = field(default_factory=list)  # what was checked, and what was wrong
+    host: list[tuple[str, str, str]] = field(default_factory=list)  # what was checked, what was wrong, a remark
     timings: list[Timing] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
     untranslated: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0
+    complete: bool = False
 
     def good(self) -> bool:
         bad = any(one.judgement.verdict in (Verdict.DIFFERENT, Verdict.FAILED) for one in self.comparisons)
-        return bool(self.comparisons) and not (bad or self.problems or any(wrong for _, wrong in self.host))
+        bad = bad or any(wrong for _, wrong, _ in self.host) or bool(self.problems)
+        return self.complete and bool(self.comparisons) and not bad
 
 
 def facts(*, real: bool) -> list[tuple[str, str]]:
@@ -69,6 +76,7 @@ def facts(*, real: bool) -> list[tuple[str, str]]:
     return [*known, *(_driver() if real else [("driver", "the stand-in, era native: a rehearsal, not a result")])]
 
 
+@cache
 def _driver() -> list[tuple[str, str]]:
     try:
         first = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").splitlines()[0]
@@ -104,37 +112,42 @@ def _table(head: str, lines: Iterable[str]) -> list[str]:
     return [f"| {head} |", "|" + " --- |" * (head.count("|") + 1), *(f"| {line} |" for line in lines), ""]
 
 
-def _rows(found: Sequence[Row]) -> list[str]:
-    return [f"    {row}" for row in found] or ["    (no rows)"]
+_CELL = 48  # characters of a remark that still fit a cell
 
 
 def text(findings: Findings, known: list[tuple[str, str]]) -> str:
     """The results, as Markdown."""
     lines = ["# Our answers and the driver's own, on a real GPU", ""]
-    lines += _table("what | which", (f"{what} | {which}" for what, which in known))
+    took = f"{findings.seconds:.0f} s" + ("" if findings.complete else ": **not complete, the run was ended early**")
+    lines += _table("what | which", (f"{what} | {which}" for what, which in (*known, ("wall time", took))))
     lines += [
         "On a driver that translates PIDs by itself, its own answer is the oracle for ours. Each tool is asked twice",
         "in the same PID namespace: under the filter of `mpu-notify run --translate always`, and outside the filter",
         "(entered by nsenter). *equal*: the same rows. *explained*: they differ, and it is known which is right and",
-        "why (below). Where both agree they also agree with the truth: the PIDs that the processes themselves told,",
-        "and at least the memory that they allocated. Repeat it as root with `python tests/gpu/oracle.py`.",
+        "why (below). *refused alike*: the driver refuses both, with the same status. Where both agree they also agree",
+        "with the truth: the PIDs that the processes themselves told, and at least the memory that they allocated on",
+        "each GPU. The processes compute in bursts. No setting of the card is changed. Repeat it as root with",
+        "`python tests/gpu/oracle.py`.",
         "",
-        *_table("GPU process | allocated | PID, from the host's to that in its own namespace", findings.workers),
+        *_table("GPU process | GPU | allocated | PID, from the host's to that in its own namespace", findings.workers),
         "## Comparison",
         "",
     ]
     places = list(dict.fromkeys(one.place for one in findings.comparisons))
-    cells: dict[str, list[str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for one in findings.comparisons:
-        again = f", asked {one.tries} times" if one.tries > 1 else ""
-        count = f"{len(one.ours)} rows, {one.translated} calls translated{again}"
-        cells.setdefault(one.tool, []).append(f"{one.judgement.verdict.value} ({count})")
-    lines += _table(" | ".join(["tool", *places]), (" | ".join([f"`{tool}`", *each]) for tool, each in cells.items()))
+        cells.setdefault(one.tool, {})[one.place] = _cell(one)
+    lines += _table(
+        " | ".join(["tool", *places]),
+        (" | ".join([f"`{tool}`", *(by.get(place, "-") for place in places)]) for tool, by in cells.items()),
+    )
+    told: set[str] = set()
     for one in findings.comparisons:
-        lines += _detail(one)
+        lines += _detail(one, told)
     lines += ["## On the host, unaided", ""]
     lines += _table(
-        "tool | every process of the scene by its host PID", (f"`{a}` | {b or 'yes'}" for a, b in findings.host)
+        "tool | every process of the scene by its host PID",
+        (f"`{name}`{remark} | {wrong or 'yes'}" for name, wrong, remark in findings.host),
     )
     lines += ["## Speed", ""]
     head = "what | with the filter | without | ratio | limit | note"
@@ -142,15 +155,35 @@ def text(findings: Findings, known: list[tuple[str, str]]) -> str:
     lines += ["Medians; the ratio is the median over interleaved pairs in alternate order.", ""]
     lines += ["## Calls that were left untranslated, and problems", ""]
     lines += [f"- {one}" for one in (*findings.untranslated, *findings.problems)] or ["None."]
+    if findings.notes:
+        lines += ["", "## Remarks", "", *(f"- {one}" for one in findings.notes)]
     return "\n".join(lines) + "\n"
 
 
-def _detail(one: Comparison) -> list[str]:
-    """Both sides, where they are not equal."""
+def _cell(one: Comparison) -> str:
+    remark = one.note if len(one.note) <= _CELL else "see below"
+    again = f"asked {one.tries} times" if one.tries > 1 else ""
+    count = ", ".join(filter(None, (remark, f"{one.translated} calls translated", again)))
+    return f"{one.judgement.verdict.value} ({count})"
+
+
+def _detail(one: Comparison, told: set[str]) -> list[str]:
+    """Both sides, where they are not equal or of interest all the same."""
     verdict, why = one.judgement
-    if verdict is Verdict.EQUAL:
+    if verdict in (Verdict.EQUAL, Verdict.REFUSED) and not one.show:
         return []
-    sides = [] if verdict is Verdict.NOT_INSTALLED else ["Ours:", "", *_rows(one.ours), ""]
-    if sides:
-        sides += ["The driver's own:", "", *_rows(one.drivers), ""]
-    return [f"### {one.place}: {one.tool}: {verdict.value}", "", why, "", *sides]
+    head = [f"### {one.place}: {one.tool}: {verdict.value}", ""]
+    if why:
+        head += ["For the reason given above." if why in told else why, ""]
+        told.add(why)
+    if len(one.note) > _CELL:
+        head += [*(f"- {part}" for part in one.note.split("; ")), ""]
+    if verdict is Verdict.NOT_INSTALLED:
+        return head
+    if verdict in (Verdict.EQUAL, Verdict.REFUSED) and list(map(str, one.ours)) == list(map(str, one.drivers)):
+        return [*head, "Both:", "", *_indented(one.ours), ""]
+    return [*head, "Ours:", "", *_indented(one.ours), "", "The driver's own:", "", *_indented(one.drivers), ""]
+
+
+def _indented(found: Sequence[object]) -> list[str]:
+    return [f"    {one}" for one in found] or ["    (nothing)"]

@@ -1,4 +1,7 @@
-"""The scene: GPU processes on the host, in two sibling PID namespaces and in one nested in the first of them."""
+"""The scene: GPU processes on the host, in two sibling PID namespaces and in one nested in the first of them.
+
+Where there are two GPUs there are processes on the one, on the other and on both.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.gpu.rows import Truth
 
 HERE = Path(__file__).resolve().parent
 CONTROL_NODE = Path("/dev/nvidiactl")
@@ -208,12 +213,13 @@ def place(name: str, shell: Shell) -> Place:
 
 @dataclass
 class Worker:
-    """A GPU process of the scene; `process` is known once it is up."""
+    """A GPU process of the scene, with so much memory on each of its GPUs; `process` is known once it is up."""
 
     name: str
     place: Place
     mib: int
     out: Path
+    gpus: tuple[int, ...] = (0,)
     process: Process | None = None
 
 
@@ -226,6 +232,7 @@ class Scene:
     places: dict[str, Place] = field(default_factory=dict)
     workers: list[Worker] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, open_it: Callable[[], Shell]) -> None:
         """Add a place; where that fails the others still serve."""
@@ -234,14 +241,15 @@ class Scene:
         except (SceneError, OSError) as error:
             self.problems.append(f"{name}: {error}")
 
-    def start(self, name: str, where: str, mib: int, *options: str) -> None:
+    def start(self, name: str, where: str, mib: int, *options: str, gpus: tuple[int, ...] = (0,)) -> None:
         """Start a worker, without waiting for it."""
         if where not in self.places:
             self.problems.append(f"{name}: no {where} to start it in")
             return
         there = self.places[where]
-        worker = Worker(name, there, mib, self.work / f"worker-{len(self.workers)}")
-        command = shlex.join(python(str(HERE / "worker.py"), str(mib), *self.worker_options, *options))
+        worker = Worker(name, there, mib, self.work / f"worker-{len(self.workers)}", gpus)
+        options = (*self.worker_options, *options, *(f"--gpu={gpu}" for gpu in gpus))
+        command = shlex.join(python(str(HERE / "worker.py"), str(mib), *options))
         there.shell.say(f"{command} </dev/null >{worker.out} 2>{worker.out}.err &")
         self.workers.append(worker)
 
@@ -265,11 +273,20 @@ class Scene:
         worker.process = worker.place.find(line["pid"])
         if line["error"]:
             self.problems.append(f"worker {worker.name} has not all of its RM clients: {line['error']}")
+        if line["note"]:
+            self.notes.append(f"worker {worker.name}: {line['note']}")
 
-    def truth(self, there: Place) -> dict[int, int]:
-        """The workers that a place sees, by its own numbers, and the bytes that each allocated."""
-        seen = [worker for worker in self.workers if there.depth == 0 or worker.place in (there, self._within(there))]
-        return {one.process.pids[there.depth]: one.mib * MIB for one in seen if one.process}
+    def truth(self, there: Place) -> Truth:
+        """What a place sees of the workers, and which other processes there are."""
+        namespaces = {there.namespace, *(within.namespace for within in [self._within(there)] if within)}
+        seen = [one for one in self.workers if one.process and (not there.depth or one.process.namespace in namespaces)]
+        memory = {
+            (str(gpu), one.process.pids[there.depth]): one.mib * MIB for one in seen for gpu in one.gpus if one.process
+        }
+        hosts = {one.process.pids[0]: one.process.pids[there.depth] for one in seen if one.process}
+        others = {one.process.pids[0] for one in self.workers if one.process} - hosts.keys()
+        foreign = (one.pids[0] for one in processes() if there.depth and one.namespace not in namespaces)
+        return Truth(memory, hosts, frozenset(foreign) | others, frozenset(others))
 
     def _within(self, there: Place) -> Place | None:
         return self.places.get(NESTED) if there.name == "A" else None
@@ -289,8 +306,10 @@ def left_behind(scene: Scene) -> list[str]:
         time.sleep(0.1)
 
 
-def set_scene(work: Path, run: Callable[[str], list[str]], worker_options: Sequence[str], stack: ExitStack) -> Scene:
-    """Set the scene; `run` gives the command that opens a shell in the namespace of a name."""
+def set_scene(
+    work: Path, run: Callable[[str], list[str]], worker_options: Sequence[str], gpus: int, stack: ExitStack
+) -> Scene:
+    """Set the scene on one or two GPUs; `run` gives the command that opens a shell in the namespace of a name."""
     scene = Scene(work, worker_options)
     scene.add("host", lambda: open_shell("host", ["sh"], work, stack))
     for name in ("A", "B"):
@@ -303,5 +322,11 @@ def set_scene(work: Path, run: Callable[[str], list[str]], worker_options: Seque
     scene.start("A several RM clients", "A", 288, "--clients", "3")
     scene.start("B plain", "B", 352)
     scene.start("nested plain", NESTED, 416)
+    if gpus > 1:
+        scene.start("host, the other GPU", "host", 112, gpus=(1,))
+        scene.start("A, the other GPU", "A", 176, gpus=(1,))
+        scene.start("A, both GPUs", "A", 240, gpus=(0, 1))
+        scene.start("B, the other GPU", "B", 368, gpus=(1,))
+        scene.start("nested, both GPUs", NESTED, 432, gpus=(0, 1))
     scene.wait()
     return scene

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.gpu import oracle
+from tests.gpu.rows import Verdict
 from tests.gpu.scene import CONTROL_NODE
 
 
@@ -20,5 +22,9 @@ def test_no_unexplained_difference_on_the_gpu(tmp_path: Path) -> None:
 def test_rehearsal_on_the_stand_in(tmp_path: Path) -> None:
     findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=True)
     assert findings.good(), oracle.results_text(findings, real=False)
-    assert len(findings.comparisons) == 6
-    assert "a rehearsal" in (tmp_path / "results.md").read_text()
+    assert Counter(one.place for one in findings.comparisons) == {"A": 6, "B": 6, "nested in A": 6}
+    listed = [one for one in findings.comparisons if one.tool.startswith(("mpu-notify ps", "raw GET_PIDS"))]
+    assert {one.judgement.verdict for one in listed} == {Verdict.EQUAL}
+    told = (tmp_path / "results.md").read_text()
+    assert "a rehearsal" in told
+    assert "A, both GPUs | 0, 1 | 240 MiB" in told
