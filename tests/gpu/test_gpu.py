@@ -19,6 +19,7 @@ def test_no_unexplained_difference_on_the_gpu(tmp_path: Path) -> None:
     assert findings.good(), oracle.results_text(findings, real=True)
 
 
+@pytest.mark.timeout(300)
 def test_rehearsal_on_the_stand_in(tmp_path: Path) -> None:
     findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=True)
     assert findings.good(), oracle.results_text(findings, real=False)
