@@ -101,7 +101,7 @@ def nvml_accounted() -> Iterator[dict[str, Any]]:
     nvml, handles = _handles()
     for gpu, handle in enumerate(handles):
         told = _told(nvml, "AccountingPids", handle)
-        yield {"gpu": gpu, "pids": told if isinstance(told, list) else [], "error": str(told)}
+        yield {"gpu": gpu, "pids": told} if isinstance(told, list) else {"gpu": gpu, "pids": [], "error": told}
 
 
 def _told(nvml: Any, name: str, handle: Any) -> object:
@@ -109,7 +109,9 @@ def _told(nvml: Any, name: str, handle: Any) -> object:
         told = getattr(nvml, f"nvmlDeviceGet{name}")(handle)
     except nvml.NVMLError as error:
         return str(error)
-    return [one if isinstance(one, int) else str(one) for one in told] if isinstance(told, list) else told
+    if isinstance(told, list):
+        return [one if isinstance(one, int) else str(one) for one in told]
+    return {0: "disabled", 1: "enabled"}.get(told, told)
 
 
 def raw(device: Path | None, what: str, pids: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -125,7 +125,7 @@ def _try(comparison: Comparison, tool: Tool, scene: Scene, there: Place, log: Lo
     ours = there.shell.run(command, _LIMIT_S)
     comparison.raw.append(("ours", ours))
     if (ours.status and "No module named" in ours.err) or ours.status in (126, 127):
-        return Judgement(Verdict.NOT_INSTALLED, ours.err.strip().splitlines()[-1] if ours.err.strip() else "")
+        return Judgement(Verdict.NOT_INSTALLED, ours.said)
     drivers = there.drivers_own(command, _LIMIT_S)
     comparison.raw.append(("the driver's own", drivers))
     comparison.translated = log.translated() - before
@@ -253,7 +253,7 @@ def _seconds(command: list[str]) -> Callable[[Shell], float]:
     def told(shell: Shell) -> float:
         answer = shell.run(command, 60)
         if answer.status:
-            raise SceneError(answer.err.strip()[-300:] or f"exit status {answer.status}")
+            raise SceneError(answer.said or f"exit status {answer.status}")
         return float(json.loads(answer.out)["seconds"])
 
     return told
@@ -263,7 +263,7 @@ def _wall(command: list[str]) -> Callable[[Shell], float]:
     def taken(shell: Shell) -> float:
         answer = shell.run(command)
         if answer.status:
-            raise SceneError(answer.err.strip()[-300:] or f"exit status {answer.status}")
+            raise SceneError(answer.said or f"exit status {answer.status}")
         return answer.seconds
 
     return taken
@@ -363,7 +363,7 @@ def count_traps(machine: Machine, work: Path, deadline: float) -> Timing:
             answer = ask(command, _TRAINING_LIMIT_S)
             ended = [one for one in Log(log).records() if one["message"] == "ended"]
             if answer.status or not ended:
-                timing.note = f"failed: {answer.err.strip()[-300:] or f'exit status {answer.status}'}"
+                timing.note = f"failed: {answer.said or f'exit status {answer.status}'}"
                 break
             calls[name] = int(str(ended[-1]["calls"]))
         except (OSError, ValueError, KeyError) as error:

@@ -34,6 +34,12 @@ FOREIGN_SAMPLES = (
     "0. Ours is right: the one is not the namespace's to know, and the other no program's. Samples of the namespace's "
     "own processes are the same in both, time by time."
 )
+#: Which side is right where a list of the driver's own has host PIDs.
+UNTRANSLATED = (
+    "The driver does not translate this list: its own has host PIDs, of the namespace's processes and of others. Ours "
+    "has the namespace's own, by their numbers there, and no others. Ours is right: a host PID means nothing in the "
+    "namespace, or another process, and who else uses the machine is not the namespace's to know."
+)
 #: Which side is right where the driver gives the host PID back.
 HOST_PID_BACK = (
     "The driver writes the host PID into the caller's params where it finds the process; ours has the number that the "
@@ -182,7 +188,7 @@ def _judge_list(ours: Told, drivers: Told, truth: Truth) -> Outcome:
     told, own = listed(ours), listed(drivers)
     lines = [f"{name}: {told}"], [f"{name}: {own}"]
     note = f"{ours.control:#x}: {len(told)} entries" + ("" if len(own) == len(told) else f", the driver's {len(own)}")
-    return Outcome(judge_pids(told, own, truth), *lines, note)
+    return Outcome(judge_pids(told, own, truth), *lines, note, translated=bool(told or own))
 
 
 def judge_pids(ours: Sequence[int], drivers: Sequence[int], truth: Truth) -> Judgement:
@@ -197,7 +203,7 @@ def judge_pids(ours: Sequence[int], drivers: Sequence[int], truth: Truth) -> Jud
         return Judgement(Verdict.DIFFERENT, f"ours: not of this namespace {foreign}")
     if sorted(ours) != sorted(expected):
         return Judgement(Verdict.DIFFERENT, f"ours: {sorted(ours)}, expected {sorted(expected)}")
-    return Judgement(Verdict.EQUAL) if sorted(ours) == sorted(drivers) else Judgement(Verdict.EXPLAINED, FOREIGN)
+    return Judgement(Verdict.EQUAL) if sorted(ours) == sorted(drivers) else Judgement(Verdict.EXPLAINED, UNTRANSLATED)
 
 
 class Block(NamedTuple):
@@ -307,7 +313,8 @@ def judge_samples(ours: Told, drivers: Told, truth: Truth) -> Outcome:
     if not wrong and (set(own.processes()) - truth.pids or own.addresses):
         verdict = Verdict.EXPLAINED
     why = {Verdict.DIFFERENT: "ours: " + "; ".join(wrong), Verdict.EXPLAINED: FOREIGN_SAMPLES}.get(verdict, "")
-    return Outcome(Judgement(verdict, why), _seen(ours.gpu, told), _seen(drivers.gpu, own), note)
+    someone = bool(told.processes() or own.processes() or own.addresses)
+    return Outcome(Judgement(verdict, why), _seen(ours.gpu, told), _seen(drivers.gpu, own), note, translated=someone)
 
 
 def _seen(gpu: str, found: Samples) -> list[str]:

@@ -40,6 +40,11 @@ class Answer(NamedTuple):
     err: str
     seconds: float
 
+    @property
+    def said(self) -> str:
+        """The last line of its complaint, which of a traceback is the error."""
+        return self.err.strip().rpartition("\n")[2][-300:]
+
 
 def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ def parsed(parse: Callable[[str], Iterable[Row]], answer: Answer, gpus: Mapping[
         if not answer.status:
             raise ValueError(f"cannot read the answer: {error!r}") from error
     if answer.status and not found:  # nvitop has its rows and a status of 1 where it misses some figure
-        raise ValueError(f"exit status {answer.status}: {answer.err.strip()[-300:]}")
+        raise ValueError(f"exit status {answer.status}: {answer.said}")
     return rows.order(row._replace(gpu=(gpus or {}).get(row.gpu, row.gpu)) for row in found)
 
 
@@ -101,12 +102,13 @@ def judge_words(ours: Answer, drivers: Answer, _truth: Truth) -> Outcome:
         judgement = Judgement(Verdict.REFUSED, f"exit status {ours.status}")
     else:
         judgement = Judgement(Verdict.EQUAL)
-    return Outcome(judgement, left[:_SAID], right[:_SAID], f"{len(left)} lines", translated=False)
+    return Outcome(judgement, left[:_SAID], right[:_SAID], f"{len(left)} lines of text", translated=False)
 
 
 def _lines(answer: Answer) -> list[str]:
     said = answer.out if answer.out.strip() or not answer.status else answer.err
-    return [line.rstrip() for line in said.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
+    return json.loads(said)["words"] if said.startswith('{"words": ') else lines
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ def judge_raw(ours: Answer, drivers: Answer, truth: Truth) -> Outcome:
     """Compare what ask.py was told by raw controls."""
     for one in (ours, drivers):
         if one.status:
-            raise ValueError(f"exit status {one.status}: {one.err.strip()[-300:]}")
+            raise ValueError(f"exit status {one.status}: {one.said}")
     return raw.judge(raw.answers(ours.out), raw.answers(drivers.out), truth)
 
 
 def check_samples(answer: Answer, truth: Truth) -> tuple[str, str]:
     """On the host: the utilisation samples name no process of the scene that is none."""
     if answer.status:
-        raise ValueError(f"exit status {answer.status}: {answer.err.strip()[-300:]}")
+        raise ValueError(f"exit status {answer.status}: {answer.said}")
     remarks = []
     for told in raw.answers(answer.out):
         if told.status != 0:

@@ -377,8 +377,8 @@ LISTS = (raw.ACCOUNTING_PIDS, raw.ENCODER_SESSIONS_V1, raw.ENCODER_SESSIONS, raw
 def test_lists_of_processes(control: int) -> None:
     assert judged(table(control), table(control)) == Judgement(Verdict.EQUAL)
     assert judged(table(control, 2, 3), table(control, 2, 3)) == Judgement(Verdict.EQUAL)
-    assert judged(table(control, 2), table(control, 440, 402)) == (Verdict.EXPLAINED, rows.FOREIGN)
-    assert judged(table(control), table(control, 440)) == (Verdict.EXPLAINED, rows.FOREIGN)
+    assert judged(table(control, 2), table(control, 440, 402)) == (Verdict.EXPLAINED, raw.UNTRANSLATED)
+    assert judged(table(control), table(control, 440)) == (Verdict.EXPLAINED, raw.UNTRANSLATED)
     assert judged(table(control, 440), table(control, 440)).verdict is Verdict.DIFFERENT
     assert judged(table(control, 2), table(control, 2, 403)).verdict is Verdict.DIFFERENT
     assert judged(table(control, 2), table(control)).verdict is Verdict.DIFFERENT
@@ -444,7 +444,7 @@ def test_accounted_processes_are_compared_where_the_words_differ() -> None:
     judged_by = tools.Accounts(rows.accounted_apps).judge
     assert judged_by(said("bus, 2, x\n"), said("bus, 402, x\nbus, 440, x\n"), PLACE).judgement == (
         Verdict.EXPLAINED,
-        rows.FOREIGN,
+        raw.UNTRANSLATED,
     )
     assert judged_by(said("bus, 440\n"), said("bus, 402\n"), PLACE).judgement.verdict is Verdict.DIFFERENT
     assert judged_by(said("pid\n"), said("pid\n"), PLACE).judgement == Judgement(Verdict.EQUAL)
