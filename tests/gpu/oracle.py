@@ -42,7 +42,19 @@ from tests.gpu import ask as questions
 from tests.gpu import raw, report
 from tests.gpu.report import Comparison, Findings, Timing
 from tests.gpu.rows import Judgement, Verdict
-from tests.gpu.scene import HERE, Place, Scene, SceneError, Shell, ask, left_behind, open_shell, python, set_scene
+from tests.gpu.scene import (
+    HERE,
+    Answer,
+    Place,
+    Scene,
+    SceneError,
+    Shell,
+    ask,
+    left_behind,
+    open_shell,
+    python,
+    set_scene,
+)
 from tests.gpu.tools import ASK_PY, Machine, Tool, session_tools
 
 RESULTS = HERE.parents[1] / "docs" / "gpu-results.md"
@@ -165,11 +177,12 @@ def compare_all(run: Run) -> None:
         _wait_for_samples(run, scene)
         tools = run.machine.tools()
         if not run.machine.stand_in:
-            further, notes = session_tools()
+            further, notes, probes = session_tools()
             tools += further
             findings.notes += notes
+            _write_raw(run.raw, "host", "probe", probes)
         if "host" in scene.places:
-            _check_host(tools, scene, findings)
+            _check_host(tools, scene, run)
         run.write()
         for there in scene.places.values():
             if there.depth:
@@ -194,8 +207,7 @@ def _compare_in(there: Place, tools: Iterable[Tool], scene: Scene, run: Run) -> 
         run.findings.comparisons.append(done)
         why = f": {done.judgement.why}" if done.judgement.verdict is not Verdict.EQUAL else ""
         say(f"{there.name}: {tool.name}: {done.judgement.verdict.value}: {done.note}{why[:300]}")
-        if run.raw:
-            _write_raw(run.raw, done)
+        _write_raw(run.raw, there.name, tool.name, done.raw)
 
 
 def _wait_for_samples(run: Run, scene: Scene) -> None:
@@ -226,24 +238,28 @@ def _wait_for_samples(run: Run, scene: Scene) -> None:
     )
 
 
-def _check_host(tools: Iterable[Tool], scene: Scene, findings: Findings) -> None:
+def _check_host(tools: Iterable[Tool], scene: Scene, run: Run) -> None:
     """On the host, unaided, the driver tells of every process by its number there."""
     truth = scene.truth(scene.places["host"])
     for tool in tools:
         if tool.check is None:
             continue
         try:
-            wrong, note = tool.check(ask(tool.asked(truth), _LIMIT_S), truth)
+            answer = ask(tool.asked(truth), _LIMIT_S)
+            _write_raw(run.raw, "host", tool.name, [("unaided", answer)])
+            wrong, note = tool.check(answer, truth)
         except Exception as error:  # noqa: BLE001 - as above
             wrong, note = f"{type(error).__name__}: {error}", ""
-        findings.host.append((tool.name, wrong, note))
+        run.findings.host.append((tool.name, wrong, note))
         say(f"host: {tool.name}: {wrong or 'all of the scene by host PIDs'}{note}")
 
 
-def _write_raw(raw_directory: Path, done: Comparison) -> None:
-    with (raw_directory / f"{done.place.replace(' ', '-')}.txt").open("a", encoding="utf-8") as file:
-        for side, answer in done.raw:
-            file.write(f"##### {done.tool} / {side} / status {answer.status} / {answer.seconds:.3f} s\n")
+def _write_raw(directory: Path | None, place: str, tool: str, answers: Iterable[tuple[str, Answer]]) -> None:
+    if directory is None:
+        return
+    with (directory / f"{place.replace(' ', '-')}.txt").open("a", encoding="utf-8") as file:
+        for side, answer in answers:
+            file.write(f"##### {tool} / {side} / status {answer.status} / {answer.seconds:.3f} s\n")
             file.write(f"{answer.out}\n{answer.err}\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,10 +94,12 @@ class Use:
         return Outcome(judgement, left, right, f"{len(left)} rows, {used} with utilisation", translated=bool(left))
 
 
-def judge_words(ours: Answer, drivers: Answer, _truth: Truth) -> Outcome:
-    """Compare what is said word by word."""
+def judge_words(ours: Answer, drivers: Answer, truth: Truth) -> Outcome:
+    """Compare what is said word by word; no host PID of another process of the scene is to be among it."""
     left, right = (_lines(one) for one in (ours, drivers))
-    if (ours.status, left) != (drivers.status, right):
+    if leaked := sorted({int(word) for word in re.findall(r"\d+", "\n".join(left))} & truth.others - truth.pids):
+        judgement = Judgement(Verdict.DIFFERENT, f"ours: host PIDs {leaked}")
+    elif (ours.status, left) != (drivers.status, right):
         judgement = Judgement(Verdict.DIFFERENT, f"not the same words (exit status {ours.status} and {drivers.status})")
     elif ours.status:
         judgement = Judgement(Verdict.REFUSED, f"exit status {ours.status}")
@@ -119,9 +122,11 @@ class Accounts:
 
     def judge(self, ours: Answer, drivers: Answer, truth: Truth) -> Outcome:
         outcome = judge_words(ours, drivers, truth)
-        if outcome.judgement.verdict is not Verdict.DIFFERENT or ours.status or drivers.status:
+        if ours.status or drivers.status:
             return outcome
         left, right = (list(self.parse(one.out)) for one in (ours, drivers))
+        if not (left or right):
+            return outcome
         return outcome._replace(judgement=raw.judge_pids(left, right, truth), translated=True)
 
 
@@ -239,15 +244,16 @@ class Machine:
         return mpu_notify_command("run", "--translate", "always", *self.device, *options, "--")
 
 
-def session_tools() -> tuple[list[Tool], list[str]]:
-    """nvidia-smi's lists of sessions, if they end by themselves; and what is to be said of those that do not."""
-    found, notes = [], []
+def session_tools() -> tuple[list[Tool], list[str], list[tuple[str, Answer]]]:
+    """nvidia-smi's lists of sessions, if they end by themselves; what is to be said of others; and how that was tried."""
+    found, notes, probes = [], [], []
     for name in ("encodersessions", "fbcsessions"):
         told = ask(["nvidia-smi", name, "-h"], _PROBE_S)
         command = ["nvidia-smi", name, *(["-c", "1"] if "--count" in told.out + told.err else [])]
         tried = ask(command, _PROBE_S)
+        probes += [(f"nvidia-smi {name} -h", told), (" ".join(command), tried)]
         if tried.seconds < _PROBE_S:
             found.append(Tool(" ".join(command), command, judge_words, show=True))
         else:
             notes.append(f"{' '.join(command)}: not compared, it does not end by itself")
-    return found, notes
+    return found, notes, probes

@@ -450,6 +450,21 @@ def test_accounted_processes_are_compared_where_the_words_differ() -> None:
     assert judged_by(said("pid\n"), said("pid\n"), PLACE).judgement == Judgement(Verdict.EQUAL)
 
 
+def test_accounted_processes_are_of_the_namespace_though_the_words_be_the_same() -> None:
+    judged_by = tools.Accounts(rows.accounted_apps).judge
+    same = said("bus, 402, x\nbus, 440, x\n")
+    assert judged_by(same, same, PLACE).judgement.verdict is Verdict.DIFFERENT
+    other = said("bus, 2, another figure\n")
+    assert judged_by(said("bus, 2, x\n"), other, PLACE).judgement == Judgement(Verdict.EQUAL)
+    assert judged_by(said("bus, 2, x\n"), said("", 3), PLACE).judgement.verdict is Verdict.DIFFERENT
+
+
+def test_words_have_no_host_pids() -> None:
+    same = said("a session of 440\n")
+    outcome = tools.judge_words(same, same, PLACE)
+    assert outcome.judgement == Judgement(Verdict.DIFFERENT, "ours: host PIDs [440]")
+
+
 def test_no_utilisation_at_all_is_compared_by_what_is_said() -> None:
     nothing = json.dumps({"asker": 9, "rows": [], "errors": [{"gpu": 0, "error": "Not Found"}]})
     other = nothing.replace("Not Found", "Not Supported")
