@@ -62,7 +62,7 @@ BUDGET_S = 230.0
 _GRACE_S = 55.0  # what was begun within the budget ends within this, or is ended
 _TRIES = 3
 _LIMIT_S = 15  # of one tool
-_TRAINING_LIMIT_S = 45
+_TRAINING_LIMIT_S = 50
 _SAMPLES_S = 15  # the driver's ring of utilisation samples spans so much
 _MOST_GPUS = 2
 

@@ -109,9 +109,12 @@ def judge_words(ours: Answer, drivers: Answer, truth: Truth) -> Outcome:
 
 
 def _lines(answer: Answer) -> list[str]:
+    """What is said, without what is the asker's own."""
     said = answer.out if answer.out.strip() or not answer.status else answer.err
-    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
-    return json.loads(said)["words"] if said.startswith('{"words": ') else lines
+    if not said.startswith("{"):
+        return [line.rstrip() for line in said.splitlines() if line.strip()]
+    told = json.loads(said)  # of ask.py
+    return [str(one) for name in ("words", "lists", "errors") for one in told.get(name, ())]
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ class Machine:
 
 
 def session_tools() -> tuple[list[Tool], list[str], list[tuple[str, Answer]]]:
-    """nvidia-smi's lists of sessions, if they end by themselves; what is to be said of others; and how that was tried."""
+    """nvidia-smi's lists of sessions, if they end by themselves; what is to be said of others; what they said."""
     found, notes, probes = [], [], []
     for name in ("encodersessions", "fbcsessions"):
         told = ask(["nvidia-smi", name, "-h"], _PROBE_S)

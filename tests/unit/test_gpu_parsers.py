@@ -469,5 +469,6 @@ def test_no_utilisation_at_all_is_compared_by_what_is_said() -> None:
     nothing = json.dumps({"asker": 9, "rows": [], "errors": [{"gpu": 0, "error": "Not Found"}]})
     other = nothing.replace("Not Found", "Not Supported")
     judged_by = tools.Use(rows.ask).judge
-    assert judged_by(said(nothing), said(nothing), PLACE).judgement == Judgement(Verdict.EQUAL)
+    another_asker = nothing.replace('"asker": 9', '"asker": 10')
+    assert judged_by(said(nothing), said(another_asker), PLACE).judgement == Judgement(Verdict.EQUAL)
     assert judged_by(said(nothing), said(other), PLACE).judgement.verdict is Verdict.DIFFERENT
