@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--pids", type=lambda text: [int(word) for word in text.split(",")], default=[])
     args = parser.parse_args()
     if args.what in RAW:
-        told: dict[str, Any] = {"answers": list(raw(args.device, args.what, args.pids))}
+        told: dict[str, Any] = {"asker": os.getpid(), "answers": list(raw(args.device, args.what, args.pids))}
     elif args.what in timed:
         told = {"seconds": timed[args.what]()}
     elif args.what == "nvml-words":

@@ -58,6 +58,7 @@ class Told(NamedTuple):
     status: int | None  # None where the ioctl itself failed
     params: bytes
     error: str = ""
+    asker: int = 0
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -72,10 +73,12 @@ class Told(NamedTuple):
 
 def answers(text: str) -> list[Told]:
     """The answer of ask.py raw."""
+    told = json.loads(text)
     found = []
-    for one in json.loads(text)["answers"]:
+    for one in told["answers"]:
         params = bytes.fromhex(one["params"]).ljust(one["size"], b"\0")
-        found.append(Told(str(one["gpu"]), one["control"], one["about"], one["status"], params, one.get("error", "")))
+        answered = (one["about"], one["status"], params, one.get("error", ""))
+        found.append(Told(str(one["gpu"]), one["control"], *answered, told.get("asker", 0)))
     return found
 
 
@@ -185,7 +188,7 @@ def listed(told: Told) -> list[int]:
 
 def _judge_list(ours: Told, drivers: Told, truth: Truth) -> Outcome:
     name = f"GPU {ours.gpu}, {ours.control:#x}"
-    told, own = listed(ours), listed(drivers)
+    told, own = ([pid for pid in listed(one) if pid != one.asker] for one in (ours, drivers))
     lines = [f"{name}: {told}"], [f"{name}: {own}"]
     note = f"{ours.control:#x}: {len(told)} entries" + ("" if len(own) == len(told) else f", the driver's {len(own)}")
     return Outcome(judge_pids(told, own, truth), *lines, note, translated=bool(told or own))

@@ -384,6 +384,12 @@ def test_lists_of_processes(control: int) -> None:
     assert judged(table(control, 2), table(control)).verdict is Verdict.DIFFERENT
 
 
+def test_the_asker_is_not_in_a_list_either() -> None:
+    ours = table(raw.ACCOUNTING_PIDS, 2, 9)._replace(asker=9)
+    assert judged(ours, table(raw.ACCOUNTING_PIDS, 2)) == Judgement(Verdict.EQUAL)
+    assert judged(ours._replace(asker=8), table(raw.ACCOUNTING_PIDS, 2)).verdict is Verdict.DIFFERENT
+
+
 def test_a_list_that_cannot_be_is_an_error() -> None:
     told = table(raw.CAPTURE_SESSIONS)
     with pytest.raises(ValueError, match="counts 257 entries"):
@@ -416,9 +422,9 @@ def test_accounts_of_processes_elsewhere_are_refused() -> None:
 def test_answers_to_raw_controls_are_read() -> None:
     one = {"gpu": 1, "control": 0xB03, "about": 2, "status": 0, "size": 48, "params": "0600000002"}
     other = {**one, "about": None, "status": None, "error": "no such device", "params": ""}
-    assert raw.answers(json.dumps({"answers": [one, other]})) == [
-        Told("1", 0xB03, 2, 0, b"\6\0\0\0\2".ljust(48, b"\0")),
-        Told("1", 0xB03, None, None, bytes(48), "no such device"),
+    assert raw.answers(json.dumps({"asker": 9, "answers": [one, other]})) == [
+        Told("1", 0xB03, 2, 0, b"\6\0\0\0\2".ljust(48, b"\0"), asker=9),
+        Told("1", 0xB03, None, None, bytes(48), "no such device", asker=9),
     ]
 
 
