@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -464,8 +465,13 @@ def examine(results: Path | None, raw: Path | None, *, stand_in: bool, seconds: 
         machine = Machine(node, _gpus(node or CONTROL_NODE, findings))
         run = Run(machine, work, raw, start + seconds, findings, write)
         try:
-            compare_all(run)
-            measure(run)
+            for part in (compare_all, measure):
+                try:
+                    part(run)
+                except Exception as error:  # noqa: BLE001 - what is broken in one part must not hide the other
+                    findings.problems.append(f"{part.__name__} broke off: {type(error).__name__}: {error}")
+                    traceback.print_exc()
+                write()
             findings.complete = True
         finally:
             write()

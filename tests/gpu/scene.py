@@ -227,6 +227,10 @@ class Worker:
     gpus: tuple[int, ...] = (0,)
     process: Process | None = None
 
+    @property
+    def errors(self) -> Path:
+        return self.out.with_suffix(".err")
+
 
 @dataclass
 class Scene:
@@ -255,7 +259,9 @@ class Scene:
         worker = Worker(name, there, mib, self.work / f"worker-{len(self.workers)}", gpus)
         options = (*self.worker_options, *options, *(f"--gpu={gpu}" for gpu in gpus))
         command = shlex.join(python(str(HERE / "worker.py"), str(mib), *options))
-        there.shell.say(f"{command} </dev/null >{worker.out} 2>{worker.out}.err &")
+        for file in (worker.out, worker.errors):
+            file.touch()  # a shell opens those of a background command only after it answered
+        there.shell.say(f"{command} </dev/null >{worker.out} 2>{worker.errors} &")
         self.workers.append(worker)
 
     def wait(self) -> None:
@@ -265,13 +271,13 @@ class Scene:
             try:
                 self._up(worker, deadline)
             except (SceneError, OSError, ValueError) as error:  # noqa: PERF203 - each worker by itself
-                said = Path(f"{worker.out}.err").read_text(errors="replace").strip()
+                said = worker.errors.read_text(errors="replace").strip()
                 self.problems.append(f"worker {worker.name} did not come up: {error}: {said[-500:]}")
         self.workers = [worker for worker in self.workers if worker.process]
 
     def _up(self, worker: Worker, deadline: float) -> None:
         while not (said := worker.out.read_text()).endswith("\n"):
-            if time.monotonic() > deadline or "Error" in Path(f"{worker.out}.err").read_text(errors="replace"):
+            if time.monotonic() > deadline or "Error" in worker.errors.read_text(errors="replace"):
                 raise SceneError("it said nothing")
             time.sleep(0.02)
         line = json.loads(said)
