@@ -81,11 +81,11 @@ static int announce(struct monitor *monitor, struct listener *listener)
         listener->announced = !error;
         return error;
     }
-    error = say(monitor, &attached.header, sizeof(attached),
-                (int[]){ends[1], listener->fd, listener->state, listener->slot_fd}, 1 + LISTENER_FILES);
-    /* In place, because its thread may be using it. */
-    if (!error && dup3(ends[0], listener->channel, O_CLOEXEC) < 0)
-        error = -errno;
+    /* In place, because its thread may be using it; first, because a call may come as soon as the supervisor knows. */
+    error = dup3(ends[0], listener->channel, O_CLOEXEC) < 0 ? -errno : 0;
+    if (!error)
+        error = say(monitor, &attached.header, sizeof(attached),
+                    (int[]){ends[1], listener->fd, listener->state, listener->slot_fd}, 1 + LISTENER_FILES);
     close(ends[0]);
     close(ends[1]);
     listener->announced = !error;
