@@ -29,11 +29,13 @@ void monitor_wake(struct monitor *monitor)
 
 static bool is_sound(const struct mpu_control *control)
 {
+    uint64_t whole = control->size + (uint64_t)control->entry_size * control->n_entries;
     uint64_t count_end = (uint64_t)control->count_at + sizeof(uint32_t);
     uint64_t table_end = (uint64_t)control->table_at + control->table_size;
+    uint64_t pointer_end = (uint64_t)control->pointer_at + (control->entry_size ? sizeof(uint64_t) : 0);
 
-    return control->size <= MPU_MAX_PARAMS && count_end <= control->size && table_end <= control->size &&
-           control->asks <= 1;
+    return whole <= MPU_MAX_PARAMS && count_end <= control->size && table_end <= whole &&
+           pointer_end <= control->size && control->asks <= 1;
 }
 
 static int configure(struct monitor *monitor, const struct packet *packet)
@@ -144,11 +146,9 @@ static int leave(struct monitor *monitor, const struct packet *packet)
 
 static int dispatch(struct monitor *monitor, struct packet *packet)
 {
-    bool first = packet->header.type == MPU_CONFIGURE;
-
     if (packet->truncated || !packet_is_sound(&packet->header, packet->size))
         return -EPROTO;
-    if (first == monitor->configured)
+    if (!monitor->configured && packet->header.type != MPU_CONFIGURE)
         return -EPROTO;
     switch (packet->header.type) {
     case MPU_CONFIGURE:

@@ -48,6 +48,7 @@ struct listener {
     uint64_t sequence;
     uint64_t silent_until; /* CLOCK_MONOTONIC, ns: until then the supervisor, which let a call time out, is not asked */
     bool reported[MPU_CAUSES];
+    bool size_reported[MPU_MAX_CONTROLS]; /* of MPU_SIZE_UNKNOWN, by the first row of the control */
     uint8_t params[MPU_MAX_PARAMS];
 };
 

@@ -10,7 +10,7 @@
  *
  *   monitor                                     supervisor
  *   HELLO [+ agent, control]              -->                              the sockets, where it has any
- *                                         <--   CONFIGURE                  first
+ *                                         <--   CONFIGURE                  first, and for another driver again
  *                                         <--   ATTACH + listener, state   of `run`: others come by the agent socket
  *                                         <--   ADOPT + listener, state, slot   of a monitor that is gone
  *   ATTACHED + channel, listener, state, slot   -->                        once a listener and supervisor
@@ -24,12 +24,17 @@
  *                                         <--   ANSWER, params to perform
  *   TRANSLATE_OUT, params as performed    -->                              not for an answer without PIDs
  *                                         <--   ANSWER, params to write
+ *                                         or    ANSWER, one more control   in the place of any answer
+ *   PERFORMED, its params as performed    -->                              then another answer
  *   OUTCOME                               -->
  *
  *   ENDED                                 -->                              last
  *
  * BEGUN wants no answer: it lets the supervisor get ready while the monitor looks at the caller. An ANSWER belongs to
- * the request whose sequence it repeats; one that comes too late is dropped. Fds travel by SCM_RIGHTS, in the order
+ * the request whose sequence it repeats; one that comes too late is dropped. With the verdict PERFORM it asks for one
+ * more control of the table to be performed on the same object, before it answers for good: at most MPU_MAX_PERFORMED
+ * times in a call, and nothing of that reaches the caller. Where a control's table is behind a pointer, "params" in a
+ * request and its answer are the params and then that table. Fds travel by SCM_RIGHTS, in the order
  * given; a state is a memfd with the OCI ContainerProcessState that came with the listener, which is the supervisor's
  * to read. A supervisor that connects takes the place of the one before, and is told of every listener that there is.
  *
@@ -53,6 +58,7 @@
 
 #define MPU_PROTOCOL_VERSION 2
 #define MPU_MAX_PARAMS 65536 /* bytes of params in a packet; the largest control known has 55888 */
+#define MPU_MAX_PERFORMED 8  /* more controls in one call; a full list of processes needs 6 */
 #define MPU_MAX_CONTROLS 256
 #define MPU_CAUSES 16 /* also in a slot: the same in every version */
 
@@ -72,6 +78,7 @@ enum mpu_type {
     MPU_TAKE_OVER = 13,
     MPU_REPLACED = 14,
     MPU_MOVED = 15,
+    MPU_PERFORMED = 20,
 };
 
 /* What became of a call in the table: translated, or the cause for which it was answered with continue. */
@@ -90,11 +97,13 @@ enum mpu_cause {
     MPU_SUPERVISOR_SILENT = 11,   /* no answer in time */
     MPU_SUPERVISOR_DECLINED = 12, /* the supervisor answered continue */
     MPU_REPLY_FAILED = 13,        /* the answer was written but the kernel did not take the reply */
+    MPU_TABLE_UNUSUAL = 14,       /* the table behind a pointer has not the size that the control's table says */
 };
 
 enum mpu_verdict {
     MPU_CONTINUE = 0,
     MPU_PROCEED = 1,
+    MPU_PERFORM = 2,
 };
 
 struct mpu_header {
@@ -115,10 +124,21 @@ struct mpu_control {
     uint32_t cmd;
     uint32_t size; /* of the params, bytes */
     uint32_t asks; /* 1: the caller asks about PIDs, so the params are translated in, too */
-    /* Where in the params the u32 count of PIDs and their table are, bytes: an answer without PIDs needs nobody. */
+    /*
+     * Where in the params the u32 count of PIDs and their table are, bytes: an answer without PIDs needs nobody.
+     * table_size 0: there is no count, every answer has PIDs.
+     */
     uint32_t count_at;
     uint32_t table_at;
     uint32_t table_size;
+    /*
+     * Where in the params the u64 pointer to a table is, that table's entry size in bytes and how many entries the
+     * caller must have room for; it says so at count_at. With a null pointer and count 0 it asks for the count alone,
+     * and the driver for it with a table of ours. entry_size 0: there is no pointer.
+     */
+    uint32_t pointer_at;
+    uint32_t entry_size;
+    uint32_t n_entries;
 };
 
 /* The control table, the control node and how long the supervisor may be silent during one call. */
@@ -190,6 +210,19 @@ struct mpu_answer {
     uint64_t sequence;
     uint32_t verdict; /* enum mpu_verdict */
     uint32_t size;    /* of the params that follow, bytes; 0 where the verdict is continue */
+    uint32_t cmd;     /* of the control to perform, which has no pointer; 0 where the verdict is another */
+    uint32_t reserved;
+    uint8_t params[];
+};
+
+struct mpu_performed {
+    struct mpu_header header;
+    uint64_t sequence; /* as of a request */
+    uint64_t begun_ns; /* CLOCK_BOOTTIME just before the ioctl */
+    uint32_t cmd;
+    uint32_t status; /* RM status; the params are as they were where it is not 0 */
+    uint32_t size;   /* of the params that follow, bytes */
+    uint32_t reserved;
     uint8_t params[];
 };
 

@@ -89,10 +89,17 @@ class Channel:
         """The next message; None where the monitor has hung up. Raises ProtocolError."""
         return _receive(self._socket)
 
-    def answer(self, request: protocol.Request, params: bytes | None) -> None:
+    def answer(self, request: protocol.Request | protocol.Performed, params: bytes | None) -> None:
         """Answer a request; see protocol.answer. Nothing happens where the monitor has hung up: receive tells."""
+        self._send(protocol.answer(request, params))
+
+    def perform(self, request: protocol.Request | protocol.Performed, cmd: int, params: bytes) -> None:
+        """Have one more control performed before the answer; see protocol.perform."""
+        self._send(protocol.perform(request, cmd, params))
+
+    def _send(self, packet: bytes) -> None:
         try:
-            self._socket.send(protocol.answer(request, params))
+            self._socket.send(packet)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
@@ -140,9 +147,12 @@ class Monitor:
     `pid` is its process; `process` is None where it was not started by us. `sockets` is None of a private one.
     """
 
-    def __init__(self, connection: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, silence_ms: int, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self._socket = connection
         self._pidfd = -1
+        self.silence_ms = silence_ms
         self.process = process
         self.pid = 0
         self.is_kept = False
@@ -170,7 +180,7 @@ class Monitor:
             except MonitorError:
                 ours.close()
                 raise
-        return _configured(cls(ours, process), protocol.configure(device, controls, silence_ms))
+        return _configured(cls(ours, silence_ms, process), protocol.configure(device, controls, silence_ms))
 
     @classmethod
     def connect(
@@ -189,7 +199,7 @@ class Monitor:
         except OSError as error:
             connection.close()
             raise MonitorError(f"cannot connect to the monitor at {control}: {error.strerror}") from error
-        return _configured(cls(connection), protocol.configure(device, controls, silence_ms))
+        return _configured(cls(connection, silence_ms), protocol.configure(device, controls, silence_ms))
 
     def configure(self, packet: bytes) -> None:
         """Hear its greeting and send it protocol.configure. Raises MonitorError, ProtocolError, OSError."""
@@ -205,6 +215,10 @@ class Monitor:
         self.pid, self.is_kept = hello.pid, hello.is_kept
         self._pidfd = _pidfd(hello.pid)
         self._socket.send(packet)
+
+    def reconfigure(self, device: protocol.Device, controls: Iterable[protocol.Control]) -> None:
+        """Give it another control node and table, for the calls from now on; its patience stays."""
+        self._socket.send(protocol.configure(device, controls, self.silence_ms))
 
     def fileno(self) -> int:
         """The socket's fd, for select."""

@@ -11,7 +11,8 @@ from mpu_notify.notify._native import ffi, lib
 
 VERSION: int = lib.MPU_PROTOCOL_VERSION
 MAX_PARAMS: int = lib.MPU_MAX_PARAMS
-MAX_PACKET: int = ffi.sizeof("struct mpu_call") + MAX_PARAMS
+MAX_PERFORMED: int = lib.MPU_MAX_PERFORMED
+MAX_PACKET: int = ffi.sizeof("struct mpu_performed") + MAX_PARAMS
 
 
 class ProtocolError(Exception):
@@ -42,6 +43,7 @@ class Cause(IntEnum):
     SUPERVISOR_SILENT = lib.MPU_SUPERVISOR_SILENT
     SUPERVISOR_DECLINED = lib.MPU_SUPERVISOR_DECLINED
     REPLY_FAILED = lib.MPU_REPLY_FAILED
+    TABLE_UNUSUAL = lib.MPU_TABLE_UNUSUAL
 
 
 class Device(NamedTuple):
@@ -56,7 +58,9 @@ class Device(NamedTuple):
 class Control(NamedTuple):
     """A row of the control table as the monitor has it; `asks`: its params must be translated in, too.
 
-    The last three say where in the params, in bytes, the u32 count of PIDs and their table are.
+    Where in the params, in bytes, the u32 count of PIDs and their table are: an answer without PIDs need not be
+    translated. table_size 0: there is no count. Where in the params the u64 pointer to a table is, the size of that
+    table's entries and how many there must be; entry_size 0: there is no pointer.
     """
 
     cmd: int
@@ -65,6 +69,9 @@ class Control(NamedTuple):
     count_at: int
     table_at: int
     table_size: int
+    pointer_at: int = 0
+    entry_size: int = 0
+    n_entries: int = 0
 
 
 class Hello(NamedTuple):
@@ -104,12 +111,26 @@ class Begun(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A call that waits for its params to be translated. begun_ns is CLOCK_BOOTTIME before the ioctl, 0 in Step.IN."""
+    """A call that waits for its params to be translated. begun_ns is CLOCK_BOOTTIME before the ioctl, 0 in Step.IN.
+
+    Where the control's table is behind a pointer, it follows in `params`.
+    """
 
     listener: int
     sequence: int
     step: Step
     cmd: int
+    begun_ns: int
+    params: bytes
+
+
+class Performed(NamedTuple):
+    """The one more control that an answer asked for; the call still waits. `status` is the RM status."""
+
+    listener: int
+    sequence: int
+    cmd: int
+    status: int
     begun_ns: int
     params: bytes
 
@@ -135,7 +156,7 @@ class Ended(NamedTuple):
     causes: Mapping[Cause, int]
 
 
-Message = Hello | Replaced | Moved | Attached | Begun | Request | Outcome | Ended
+Message = Hello | Replaced | Moved | Attached | Begun | Request | Performed | Outcome | Ended
 
 
 def _view(packet: bytes, struct: str, size: int | None = None) -> Any:
@@ -145,14 +166,24 @@ def _view(packet: bytes, struct: str, size: int | None = None) -> Any:
     return ffi.cast(f"{struct} *", ffi.from_buffer(packet))
 
 
-def _request(packet: bytes, step: Step) -> Request:
-    head = ffi.sizeof("struct mpu_call")
+def _with_params(packet: bytes, struct: str) -> tuple[Any, bytes]:
+    head = ffi.sizeof(struct)
     if len(packet) < head:
-        raise ProtocolError(f"the monitor sent a call with {len(packet)} bytes, shorter than its head of {head}")
-    call = ffi.cast("struct mpu_call *", ffi.from_buffer(packet))
-    if len(packet) != head + call.size:
-        raise ProtocolError(f"the monitor sent {len(packet) - head} bytes of params where it said {call.size}")
-    return Request(call.header.listener, call.sequence, step, call.cmd, call.begun_ns, packet[head:])
+        raise ProtocolError(f"the monitor sent {struct} with {len(packet)} bytes, shorter than its head of {head}")
+    it = ffi.cast(f"{struct} *", ffi.from_buffer(packet))
+    if len(packet) != head + it.size:
+        raise ProtocolError(f"the monitor sent {len(packet) - head} bytes of params where it said {it.size}")
+    return it, packet[head:]
+
+
+def _request(packet: bytes, step: Step) -> Request:
+    it, params = _with_params(packet, "struct mpu_call")
+    return Request(it.header.listener, it.sequence, step, it.cmd, it.begun_ns, params)
+
+
+def _performed(packet: bytes) -> Performed:
+    it, params = _with_params(packet, "struct mpu_performed")
+    return Performed(it.header.listener, it.sequence, it.cmd, it.status, it.begun_ns, params)
 
 
 def _cause(number: int) -> Cause:
@@ -207,6 +238,7 @@ _DECODERS: Mapping[int, Callable[[bytes], Message]] = MappingProxyType(
         lib.MPU_BEGUN: _begun,
         lib.MPU_TRANSLATE_IN: lambda packet: _request(packet, Step.IN),
         lib.MPU_TRANSLATE_OUT: lambda packet: _request(packet, Step.OUT),
+        lib.MPU_PERFORMED: _performed,
         lib.MPU_OUTCOME: _outcome,
         lib.MPU_ENDED: _ended,
     }
@@ -270,9 +302,20 @@ def leave() -> bytes:
     return _packet("struct mpu_leave", lib.MPU_LEAVE, {})
 
 
-def answer(request: Request, params: bytes | None) -> bytes:
-    """The params to go on with, as long as the request's; None to have the call answered with continue."""
+def answer(request: Request | Performed, params: bytes | None) -> bytes:
+    """The params to go on with, as long as those of the call; None to have the call answered with continue."""
     verdict = lib.MPU_CONTINUE if params is None else lib.MPU_PROCEED
-    body = params or b""
-    fields = {"sequence": request.sequence, "verdict": verdict, "size": len(body)}
+    return _answer(request, verdict, 0, params or b"")
+
+
+def perform(request: Request | Performed, cmd: int, params: bytes) -> bytes:
+    """In the place of an answer: one more control of the table, without a pointer, to be performed before it.
+
+    It comes back as Performed; at most MAX_PERFORMED of them in a call.
+    """
+    return _answer(request, lib.MPU_PERFORM, cmd, params)
+
+
+def _answer(request: Request | Performed, verdict: int, cmd: int, body: bytes) -> bytes:
+    fields = {"sequence": request.sequence, "verdict": verdict, "cmd": cmd, "size": len(body)}
     return _packet("struct mpu_answer", lib.MPU_ANSWER, fields, request.listener, body)

@@ -522,7 +522,7 @@ class ControlFile(File):
         pids = list(dict.fromkeys(pid for pid, _ in self._as_seen_by(task, holders)))[: table.capacity]
         answer = abi.pack_words(pids)  # what lies behind stays the caller's own
         params[table.entries : table.entries + len(answer)] = answer
-        abi.U32.pack_into(params, table.count, len(pids))
+        abi.U32.pack_into(params, table.count or 0, len(pids))
 
     def _holders(self, gpu: _GpuState, number: int) -> dict[Process, int]:
         chip = self._driver.options.chip

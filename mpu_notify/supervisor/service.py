@@ -12,11 +12,14 @@ from typing import TypeVar
 
 from mpu_notify.notify import protocol
 from mpu_notify.notify.monitor import Arrival, Channel, Files, ListenerError, Monitor, MonitorError
-from mpu_notify.notify.protocol import Begun, Cause, Ended, Outcome, Request, Step
+from mpu_notify.notify.protocol import Begun, Cause, Ended, Outcome, Performed, Request, Step
 from mpu_notify.observe.log import OncePer, event
 from mpu_notify.pidns import PidNamespaceError, PidView, open_view
 from mpu_notify.rm.controls import CONTROL_TABLE, CONTROLS, Control, Direction
+from mpu_notify.supervisor import threads
 from mpu_notify.supervisor.containers import Description, StateError
+from mpu_notify.supervisor.driver import Watch
+from mpu_notify.supervisor.threads import Ask, Steps, Threads, Told
 from mpu_notify.supervisor.translation import Translated, translate_in, translate_out
 
 T = TypeVar("T")
@@ -29,14 +32,20 @@ OpenView = Callable[[int], PidView]
 Reconnect = Callable[[Monitor], Monitor]
 
 
-def _monitored(control: Control) -> protocol.Control:
-    table = control.table
+def monitored(control: Control) -> protocol.Control:
+    """A row of the control table as the monitor has it."""
+    table, pointer = control.table, control.pointer
     asks = control.direction is Direction.ASKED
-    return protocol.Control(control.cmd, control.size, asks, table.count, table.entries, table.stride * table.capacity)
+    counted = (0, 0, 0) if table.count is None else (table.count, table.entries, table.stride * table.capacity)
+    pointed = (pointer.at, pointer.stride, pointer.capacity) if pointer else (0, 0, 0)
+    return protocol.Control(control.cmd, control.size, asks, *counted, *pointed)
 
 
-#: The control table as the monitor has it.
-MONITORED = tuple(_monitored(control) for control in CONTROLS)
+#: The whole control table as the monitor has it.
+MONITORED = tuple(monitored(control) for control in CONTROLS)
+
+#: A row by what a request names: the params' size with what is behind their pointer.
+_ROWS = {(control.cmd, control.whole_size): control for control in CONTROLS}
 
 # Between two attempts to come by a monitor: the first at once, then twice as long each time, up to the last.
 _RETRY_SECONDS = 0.05, 2.0
@@ -58,6 +67,7 @@ EXPLANATIONS = {
     Cause.SUPERVISOR_SILENT: "the supervisor did not answer in time",
     Cause.SUPERVISOR_DECLINED: "the params could not be translated",
     Cause.REPLY_FAILED: "the kernel did not take the reply",
+    Cause.TABLE_UNUSUAL: "the call has not as much room for its answer as known clients have",
 }
 
 
@@ -77,27 +87,35 @@ class Container:
     files: Files
     view: PidView | None = None
     asked: Translated | None = None
+    threads: Threads | None = None
     answered: Translated | None = None
+    steps: Steps[bytes | None] | None = None
     causes: OncePer = field(default_factory=OncePer)
 
     def forget_call(self) -> None:
         """Close what the call under way holds."""
         if self.view is not None:
             self.view.close()
-        self.view = self.asked = self.answered = None
+        self.view = self.asked = self.threads = self.answered = self.steps = None
 
 
 class Supervisor:
     """Serves the listeners of a monitor, and has another monitor serve them where that one is lost.
 
-    Without `reconnect` the loss is the end: MonitorError.
+    Without `reconnect` the loss is the end: MonitorError. `watch` says what is to be translated on the loaded driver;
+    without it, everything.
     """
 
     def __init__(
-        self, monitor: Monitor, open_pid_view: OpenView = open_view, reconnect: Reconnect | None = None
+        self,
+        monitor: Monitor,
+        open_pid_view: OpenView = open_view,
+        watch: Watch | None = None,
+        reconnect: Reconnect | None = None,
     ) -> None:
         self.monitor = monitor
         self._open_view = open_pid_view
+        self._watch = watch
         self._reconnect = reconnect
         self._containers: dict[int, Container] = {}  # by the listener's identity
         self._awake_until = 0.0
@@ -143,6 +161,7 @@ class Supervisor:
             raise _MonitorLostError
         known = self._containers.get(arrival.identity)
         if known is None:
+            self._look_at_driver()
             self._containers[arrival.identity] = self._described(arrival)
         else:
             self._hang_up(known)
@@ -195,12 +214,24 @@ class Supervisor:
             return False
         return True
 
+    def _look_at_driver(self) -> None:
+        """A driver that was loaded since the last container came may want another control table."""
+        if self._watch is not None and self._watch.changed():
+            found = self._watch.finding
+            if found.identity.node is not None:
+                self.monitor.reconfigure(found.identity.node, map(monitored, self._watch.treatment.rows))
+            era = found.era.value if found.era else "unknown"
+            event(log, logging.INFO, "another driver", era=era, how=found.how.value)
+
     def _serve_one(self, channel: Channel, identity: int) -> None:
         """One message of one listener: so that none keeps the others waiting."""
         container = self._containers[identity]
         message = channel.receive()
         if isinstance(message, Request):
-            channel.answer(message, self._guarded(container, lambda: self._translate(container, message)))
+            container.steps = self._translate(container, message)
+            self._go_on(container, message, None)
+        elif isinstance(message, Performed):
+            self._go_on(container, message, Told(None if message.status else message.params, message.begun_ns))
         elif isinstance(message, Begun):
             container.forget_call()
             container.view = self._guarded(container, lambda: self._open_view(message.tid))
@@ -222,15 +253,36 @@ class Supervisor:
             event(log, logging.ERROR, "cannot translate", container=container.name, reason=str(error))
         return None
 
-    def _translate(self, container: Container, request: Request) -> bytes | None:
-        control = CONTROL_TABLE[request.cmd, len(request.params)]
-        if container.view is None:
+    def _go_on(self, container: Container, message: Request | Performed, told: Told | None) -> None:
+        """Do the next step of a call's translation, up to its answer or what must be performed before."""
+        step = self._guarded(container, lambda: _next(container.steps, told))
+        if isinstance(step, Ask):
+            container.channel.perform(message, step.control.cmd, step.params)
+        else:
+            container.steps = None
+            container.channel.answer(message, step)
+
+    def _translate(self, container: Container, request: Request) -> Steps[bytes | None]:
+        control = _ROWS[request.cmd, len(request.params)]
+        view = container.view
+        if view is None:
             return None
         if request.step is Step.IN:
-            container.asked = translate_in(control, request.params, container.view)
-            return container.asked.params if container.asked else None
-        container.answered = translate_out(control, container.asked, request.params, container.view, request.begun_ns)
-        return container.answered.params if container.answered else None
+            asked = container.asked = translate_in(control, request.params, view)
+            if asked and control.table.counters and self._by_thread:
+                container.threads = yield from threads.find(asked, view)
+                if container.threads is None:
+                    return None
+            return asked.params if asked else None
+        answered = translate_out(control, container.asked, request.params, view, request.begun_ns)
+        if answered and container.asked and container.threads:
+            answered = yield from threads.add(control, container.asked, container.threads, answered, view)
+        container.answered = answered
+        return answered.params if answered else None
+
+    @property
+    def _by_thread(self) -> bool:
+        return self._watch is None or self._watch.treatment.by_thread
 
     def _outcome(self, container: Container, outcome: Outcome) -> None:
         shown = {
@@ -247,7 +299,8 @@ class Supervisor:
             shown["error"] = outcome.error
         container.forget_call()
         event(log, logging.DEBUG, "call", **shown)
-        if outcome.cause in EXPLANATIONS and container.causes.first(outcome.cause):
+        about = outcome.cmd if outcome.cause is Cause.SIZE_UNKNOWN else None
+        if outcome.cause in EXPLANATIONS and container.causes.first((outcome.cause, about)):
             reason = EXPLANATIONS[outcome.cause]
             event(log, logging.WARNING, "not translated, the driver's own answer stands", reason=reason, **shown)
 
@@ -260,6 +313,20 @@ class Supervisor:
         event(log, logging.INFO, "ended", container=container.name, **shown)
 
 
+def _next(steps: Steps[bytes | None] | None, told: Told | None) -> Ask | bytes | None:
+    """What a translation wants performed next, or its result; None where nothing is being translated."""
+    if steps is None:
+        return None
+    try:
+        return next(steps) if told is None else steps.send(told)
+    except StopIteration as end:
+        result: bytes | None = end.value
+        return result
+
+
 def _control_name(outcome: Outcome) -> str:
     known = CONTROL_TABLE.get((outcome.cmd, outcome.size))
-    return known.name if known else f"{outcome.cmd:#010x}/{outcome.size}"
+    if known:
+        return known.name
+    name = next((control.name for control in CONTROLS if control.cmd == outcome.cmd), f"{outcome.cmd:#010x}")
+    return f"{name}/{outcome.size}"

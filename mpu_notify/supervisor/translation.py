@@ -1,15 +1,16 @@
 """Translation of a control's params, both ways, by the rules of the design: pure functions over a PID view.
 
-A PID that is not visible in the caller's namespace is removed and the list closed up. Asked about a number that is not
-in its namespace, the driver is asked about UNKNOWN_PID instead, and the caller gets its own number back.
+A PID that is not visible in the caller's namespace is removed and the list closed up; where there is no list, the entry
+is emptied. Asked about a number that is not in its namespace, the driver is asked about UNKNOWN_PID instead, and the
+caller gets its own number back. Kernel addresses go to nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from mpu_notify.rm.controls import Control, Direction
+from mpu_notify.rm.controls import Control, Direction, PidTable
 
 #: The largest pid_t, above the kernel's PID_MAX_LIMIT of 2**22: no process has it.
 UNKNOWN_PID = 0x7FFFFFFF
@@ -72,17 +73,49 @@ def translate_out(
 
 
 def _listed(control: Control, params: bytes, view: Pids, begun_ns: int) -> Translated | None:
-    hosts = control.table.pids(params)
-    if hosts is None:
+    tables = [(table, table.pids(params)) for table in control.tables]
+    named = [(table, hosts) for table, hosts in tables if hosts is not None]
+    if len(named) < len(tables):
         return None
-    seen: dict[int, None] = {}
-    for host, pid in zip(hosts, view.to_views(hosts), strict=True):
-        if pid is not None and view.started_by(host, begun_ns):
-            seen.setdefault(pid)
-    pids = list(seen)
+    before = list(dict.fromkeys(host for table, hosts in named for host in hosts if not _is_nobody(table, host)))
+    visible = visible_pids(before, view, begun_ns)
     answer = bytearray(params)
-    control.table.replace(answer, pids)
-    return Translated(bytes(answer), hosts, pids)
+    for table, hosts in named:
+        if table.count is None:
+            _put_in_place(table, answer, hosts, visible)
+        else:
+            _close_up(table, answer, hosts, visible)
+        table.hide_kernel_addresses(answer)
+    return Translated(bytes(answer), before, list(dict.fromkeys(visible.values())))
+
+
+def visible_pids(hosts: Iterable[int], view: Pids, begun_ns: int) -> dict[int, int]:
+    """Of these host ids of processes or threads those of a process in the namespace, with its number there.
+
+    begun_ns is CLOCK_BOOTTIME just before the driver named them: what started later is not what it meant.
+    """
+    asked = list(hosts)
+    pairs = zip(asked, view.to_views(asked), strict=True)
+    return {host: pid for host, pid in pairs if pid is not None and view.started_by(host, begun_ns)}
+
+
+def _is_nobody(table: PidTable, host: int) -> bool:
+    return table.count is None and host in (0, table.invalid)
+
+
+def _put_in_place(table: PidTable, answer: bytearray, hosts: Sequence[int], visible: Mapping[int, int]) -> None:
+    for index, host in enumerate(hosts):
+        if host in visible:
+            table.put(answer, index, visible[host])
+        elif not _is_nobody(table, host):
+            table.empty(answer, index)
+
+
+def _close_up(table: PidTable, answer: bytearray, hosts: Sequence[int], visible: Mapping[int, int]) -> None:
+    if table.unique:
+        table.replace(answer, list(dict.fromkeys(visible[host] for host in hosts if host in visible)))
+    else:
+        table.close_up(answer, {index: visible[host] for index, host in enumerate(hosts) if host in visible})
 
 
 def _given_back(control: Control, asked: Translated, params: bytes, view: Pids, begun_ns: int) -> Translated | None:

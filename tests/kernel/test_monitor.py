@@ -19,7 +19,7 @@ import pytest
 from mpu_notify.notify import protocol
 from mpu_notify.notify.monitor import PROGRAM, Monitor, MonitorError, identify
 from mpu_notify.notify.protocol import Cause, Ended, Request, Step
-from mpu_notify.rm.controls import GPU_PID_INFO, GPU_PIDS
+from mpu_notify.rm.controls import GPU_PID_INFO, GPU_PIDS, NVENC_SESSIONS
 from mpu_notify.supervisor.service import MONITORED
 
 from .conftest import StartStandIn
@@ -201,7 +201,14 @@ def header(length: int, kind: int, version: int = protocol.VERSION, listener: in
 
 
 ANSWER = 8
-ANSWER_BODY = "=QII"  # sequence, verdict, size
+ANSWER_BODY = "=QIIII"  # sequence, verdict, size, cmd, reserved
+
+
+def answer(verdict: int, size: int, params: bytes = b"", cmd: int = 0) -> bytes:
+    body = struct.pack(ANSWER_BODY, 1, verdict, size, cmd, 0) + params
+    return header(16 + len(body), ANSWER) + body
+
+
 NONSENSE = {
     "an empty head": b"\0" * 3,
     "another version": header(16, ANSWER, version=protocol.VERSION + 1),
@@ -213,15 +220,32 @@ NONSENSE = {
 NONSENSE_ON_A_CHANNEL = {
     **NONSENSE,
     "an answer without its body": header(16, ANSWER),
-    "an answer with a size beyond its end": header(32, ANSWER) + struct.pack(ANSWER_BODY, 1, 1, 4096),
-    "an answer with an unknown verdict": header(32, ANSWER) + struct.pack(ANSWER_BODY, 1, 9, 0),
-    "an answer of another size than the request": header(36, ANSWER) + struct.pack(ANSWER_BODY, 1, 1, 4) + bytes(4),
-    "a refusal with params": header(36, ANSWER) + struct.pack(ANSWER_BODY, 1, 0, 4) + bytes(4),
+    "an answer with a size beyond its end": answer(1, 4096),
+    "an answer with an unknown verdict": answer(9, 0),
+    "an answer of another size than the request": answer(1, 4, bytes(4)),
+    "one more control that is not in the table": answer(2, 4, bytes(4), cmd=0x201),
+    "one more control of a size that is not": answer(2, 4, bytes(4), cmd=GPU_PIDS.cmd),
+    "one more control with a table behind a pointer": answer(2, 16, bytes(16), cmd=NVENC_SESSIONS.cmd),
+    "a refusal with params": answer(0, 4, bytes(4)),
 }
 NONSENSE_TO_THE_MONITOR = {
     **NONSENSE,
-    "an answer": header(32, ANSWER) + struct.pack(ANSWER_BODY, 1, 0, 0),
-    "a second configuration": protocol.configure(protocol.Device(is_device=True, major=1, minor=3, inode=0), [], 1),
+    "an answer": answer(0, 0),
+    "a table that is longer than its params": protocol.configure(
+        protocol.Device(is_device=True, major=1, minor=3, inode=0),
+        [protocol.Control(1, 16, asks=False, count_at=0, table_at=4, table_size=13)],
+        1,
+    ),
+    "a table behind a pointer that is longer than a packet": protocol.configure(
+        protocol.Device(is_device=True, major=1, minor=3, inode=0),
+        [protocol.Control(1, 16, False, 0, 16, 0, pointer_at=8, entry_size=2**17, n_entries=2**15)],  # noqa: FBT003
+        1,
+    ),
+    "a pointer that is longer than its params": protocol.configure(
+        protocol.Device(is_device=True, major=1, minor=3, inode=0),
+        [protocol.Control(1, 16, False, 0, 16, 0, pointer_at=9, entry_size=8, n_entries=1)],  # noqa: FBT003
+        1,
+    ),
     "an attach without a listener": protocol.attach(),
 }
 

@@ -18,13 +18,15 @@ from mpu_notify.notify.protocol import (
     Hello,
     Moved,
     Outcome,
+    Performed,
     ProtocolError,
     Replaced,
     Request,
     Step,
 )
 
-HELLO, ATTACHED, BEGUN, CALL_IN, CALL_OUT, ANSWER, OUTCOME, ENDED, REPLACED, MOVED = 1, 4, 5, 6, 7, 8, 9, 10, 14, 15
+HELLO, ATTACHED, BEGUN, CALL_IN, CALL_OUT, ANSWER, OUTCOME, ENDED = 1, 4, 5, 6, 7, 8, 9, 10
+REPLACED, MOVED, PERFORMED = 14, 15, 20
 GREETING = struct.pack("=II", 42, 1)
 
 
@@ -37,6 +39,11 @@ def call(kind: int, params: bytes, size: int | None = None) -> bytes:
     return packet(kind, struct.pack("=QQII", 11, 22, 0x2080018D, size) + params)
 
 
+def performed(params: bytes, size: int | None = None) -> bytes:
+    size = len(params) if size is None else size
+    return packet(PERFORMED, struct.pack("=QQIIII", 11, 22, 0x2080018D, 0x1B, size, 0) + params)
+
+
 def test_each_message_is_decoded() -> None:
     counts = struct.pack("=QQ16Q", 9, 4, *range(16))
     assert protocol.decode(packet(HELLO, GREETING)) == Hello(protocol.VERSION, 42, is_kept=True)
@@ -46,6 +53,7 @@ def test_each_message_is_decoded() -> None:
     assert protocol.decode(packet(BEGUN, struct.pack("=II", 33, 0))) == Begun(7, 33)
     assert protocol.decode(call(CALL_IN, b"abc")) == Request(7, 11, Step.IN, 0x2080018D, 22, b"abc")
     assert protocol.decode(call(CALL_OUT, b"")) == Request(7, 11, Step.OUT, 0x2080018D, 22, b"")
+    assert protocol.decode(performed(b"abc")) == Performed(7, 11, 0x2080018D, 0x1B, 22, b"abc")
     outcome = struct.pack("=QIIIIiI", 5, 33, 0x2080018D, 3812, Cause.STATUS_BAD, 0x1F, 0)
     assert protocol.decode(packet(OUTCOME, outcome)) == Outcome(7, 33, 0x2080018D, 3812, Cause.STATUS_BAD, 0x1F, 5)
     assert protocol.decode(packet(ENDED, counts)) == Ended(7, 9, 4, {cause: int(cause) for cause in Cause})
@@ -68,7 +76,9 @@ def test_each_message_is_decoded() -> None:
         call(CALL_IN, b"abc", size=2),
         call(CALL_IN, b"abc", size=2**32 - 1),
         packet(CALL_OUT, bytes(23)),
-        packet(OUTCOME, struct.pack("=QIIIIiI", 5, 33, 1, 2, 14, 0, 0)),
+        packet(PERFORMED, bytes(31)),
+        performed(b"abc", size=4),
+        packet(OUTCOME, struct.pack("=QIIIIiI", 5, 33, 1, 2, 15, 0, 0)),
         packet(ENDED, bytes(8)),
     ],
 )
@@ -91,12 +101,15 @@ def test_no_bytes_do_more_than_raise_a_protocol_error(data: bytes) -> None:
 @given(params=st.binary(min_size=1, max_size=100))
 def test_an_answer_repeats_its_requests_sequence(params: bytes) -> None:
     request = Request(7, 11, Step.IN, 0x2080018D, 0, params)
-    head = struct.Struct("=IHHIIQII")
+    head = struct.Struct("=IHHIIQIIII")
     go_on = protocol.answer(request, params)
-    assert head.unpack_from(go_on) == (len(go_on), protocol.VERSION, ANSWER, 7, 0, 11, 1, len(params))
+    assert head.unpack_from(go_on) == (len(go_on), protocol.VERSION, ANSWER, 7, 0, 11, 1, len(params), 0, 0)
     assert go_on[head.size :] == params
     refuse = protocol.answer(request, None)
-    assert head.unpack(refuse) == (head.size, protocol.VERSION, ANSWER, 7, 0, 11, 0, 0)
+    assert head.unpack(refuse) == (head.size, protocol.VERSION, ANSWER, 7, 0, 11, 0, 0, 0, 0)
+    more = protocol.perform(request, 0x2080018D, params)
+    assert head.unpack_from(more) == (len(more), protocol.VERSION, ANSWER, 7, 0, 11, 2, len(params), 0x2080018D, 0)
+    assert more[head.size :] == params
 
 
 def test_a_configuration_has_the_whole_table() -> None:
@@ -104,13 +117,25 @@ def test_a_configuration_has_the_whole_table() -> None:
     rows = [
         protocol.Control(0x2080018D, 3812, asks=False, count_at=8, table_at=12, table_size=3800),
         protocol.Control(0x2080018E, 14408, asks=True, count_at=0, table_at=8, table_size=14400),
+        protocol.Control(
+            0x2080016E,
+            16,
+            asks=False,
+            count_at=0,
+            table_at=16,
+            table_size=16384,
+            pointer_at=8,
+            entry_size=32,
+            n_entries=512,
+        ),
     ]
     sent = protocol.configure(device, rows, 1000)
-    layout = struct.Struct("=IHHIIIIIIQ2I6I6I")
+    layout = struct.Struct("=IHHIIIIIIQ2I9I9I9I")
     assert layout.unpack(sent) == (
         *(len(sent), protocol.VERSION, 2, 0, 0),
         *(1000, 1, 195, 255, 0),
-        *(2, 0),
-        *(0x2080018D, 3812, 0, 8, 12, 3800),
-        *(0x2080018E, 14408, 1, 0, 8, 14400),
+        *(3, 0),
+        *(0x2080018D, 3812, 0, 8, 12, 3800, 0, 0, 0),
+        *(0x2080018E, 14408, 1, 0, 8, 14400, 0, 0, 0),
+        *(0x2080016E, 16, 0, 0, 16, 16384, 8, 32, 512),
     )
