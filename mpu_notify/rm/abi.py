@@ -64,6 +64,9 @@ DEVICE = 0x80  # cl0080.h NV01_DEVICE_0
 SUBDEVICE = 0x2080  # cl2080.h NV20_SUBDEVICE_0
 MEMORY_LOCAL_USER = 0x40  # cl0040.h NV01_MEMORY_LOCAL_USER
 MPS_COMPUTE = 0x900E  # cl900e.h
+PROFILER = 0x90CC  # cl90cc.h GF100_PROFILER
+NVENC_SW_SESSION = 0xA0BC  # cla0bc.h
+NVFBC_SW_SESSION = 0xA0BD  # cla0bd.h
 
 # Engine classes are numbered by generation and kind: clcbc0.h HOPPER_COMPUTE_A, clcb97.h HOPPER_A, clc86f.h
 # HOPPER_CHANNEL_GPFIFO_A. Fermi's 90C0 and 9097 are the first of their line.
@@ -95,6 +98,7 @@ GPU_GET_ID_INFO_V2 = 0x205  # ctrl0000gpu.h
 GPU_GET_PROBED_IDS = 0x214  # ctrl0000gpu.h
 GPU_GET_CLASSLIST = 0x800201  # ctrl0080gpu.h
 GPU_GET_CLASSLIST_V2 = 0x800292  # ctrl0080gpu.h
+HWPM_RESERVE = 0x90CC0101  # ctrl90cchwpm.h; its params are a byte, whether contexts are switched
 
 #: ctrl2080gpu.h NV2080_CTRL_GPU_GET_PIDS_ID_TYPE_CLASS: ask for the processes that hold objects of a class.
 PIDS_ID_TYPE_CLASS = 0
@@ -111,6 +115,7 @@ class Status(IntEnum):
     """The status codes that this project makes or explains: nvstatuscodes.h."""
 
     OK = 0x00
+    BUFFER_TOO_SMALL = 0x02
     INSERT_DUPLICATE_NAME = 0x19
     INSUFFICIENT_RESOURCES = 0x1A
     INSUFFICIENT_PERMISSIONS = 0x1B

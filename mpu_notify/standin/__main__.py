@@ -67,10 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         "--era",
         type=Era,
         choices=list(Era),
-        metavar="{host,native}",
+        metavar="{" + ",".join(era.value for era in Era) + "}",
         default=Era.HOST,
-        help="process ids that it tells: those of the initial PID namespace (host, default), or those of the "
-        "caller's namespace, as drivers from 570.148.08 and 575.57.08 on do (native)",
+        help="what it does with process ids by itself: tell those of the initial PID namespace (host, default), those "
+        "of the caller's namespace, as drivers from 570.148.08 and 575.57.08 on do (native), or what those in between "
+        "do (thread-list, thread-both, thread-all)",
     )
     parser.add_argument("--gpus", type=_gpu_count, default=1, metavar="N", help="how many GPUs (default 1)")
     parser.add_argument("--chip", choices=sorted(CHIPS), default="hopper", help="generation (default hopper)")

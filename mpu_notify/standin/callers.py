@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from mpu_notify.standin.driver import MemoryFault, Process
+from mpu_notify.standin.model import MemoryFault, Process, Thread
 
 _NS_GET_PARENT = 0xB702  # linux/nsfs.h
 
@@ -50,9 +50,16 @@ class Caller:
 
     def process(self) -> Process:
         """Its process, with its number in every PID namespace from its own up to ours."""
+        return Process(*self._numbers("Tgid", "NStgid"))
+
+    def thread(self) -> Thread:
+        """The thread itself, with its numbers as of a process."""
+        return Thread(*self._numbers("Pid", "NSpid"))
+
+    def _numbers(self, own: str, by_namespace: str) -> tuple[int, tuple[tuple[int, int], ...]]:
         fields = dict(line.split(":", 1) for line in Path(f"/proc/{self._tid}/status").read_text().splitlines())
-        numbers = [int(word) for word in fields["NStgid"].split()]
-        return Process(int(fields["Tgid"]), tuple(zip(self._namespaces(), reversed(numbers), strict=True)))
+        numbers = [int(word) for word in fields[by_namespace].split()]
+        return int(fields[own]), tuple(zip(self._namespaces(), reversed(numbers), strict=True))
 
     def namespace(self) -> int:
         """The inode number of its PID namespace."""

@@ -9,180 +9,62 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from mpu_notify.rm import abi
 from mpu_notify.rm.abi import Escape, Status
-from mpu_notify.rm.controls import CONTROL_TABLE as PID_CONTROLS
-from mpu_notify.rm.controls import GPU_GET_PID_INFO, GPU_GET_PIDS, GPU_PIDS
+from mpu_notify.rm.eras import Era
+from mpu_notify.standin import pids
+from mpu_notify.standin.model import (
+    CHIPS,
+    Client,
+    GpuState,
+    Key,
+    MemoryFault,
+    Object,
+    Options,
+    Process,
+    RefusedError,
+    Row,
+    State,
+    Task,
+    Thread,
+    count,
+)
 
+__all__ = ["CHIPS", "ControlFile", "Driver", "Era", "File", "GpuFile", "MemoryFault", "Options", "Process", "Thread"]
 
-class MemoryFault(Exception):  # noqa: N818 - it is what the kernel calls it
-    """The caller's memory cannot be read or written there, by itself."""
-
-
-class Process(NamedTuple):
-    """A process: its id for the driver, and (PID namespace, id) from its own namespace upwards."""
-
-    tgid: int
-    numbers: tuple[tuple[int, int], ...]
-
-
-class Task(Protocol):
-    """The task that performs an ioctl, as the kernel's ``current``."""
-
-    def read(self, address: int, size: int) -> bytes:
-        """Copy from its memory; MemoryFault where it may not read."""
-
-    def write(self, address: int, data: bytes) -> None:
-        """Copy to its memory; MemoryFault where it may not write."""
-
-    def process(self) -> Process:
-        """The process it belongs to."""
-
-    def namespace(self) -> int:
-        """An identifier of its PID namespace."""
-
-
-class Era(Enum):
-    """What the driver does with process ids by itself."""
-
-    HOST = "host"
-    NATIVE = "native"
-
-
-class Chip(NamedTuple):
-    """The object classes of a generation, and a PCI device id of it."""
-
-    channel: int
-    compute: int
-    graphics: int
-    pci_device: int
-
-
-#: Class headers clc06f.h, clc0c0.h, clc097.h and so on.
-CHIPS = {
-    "pascal": Chip(0xC06F, 0xC0C0, 0xC097, 0x15F8),
-    "volta": Chip(0xC36F, 0xC3C0, 0xC397, 0x1DB6),
-    "turing": Chip(0xC46F, 0xC5C0, 0xC597, 0x1EB8),
-    "ampere": Chip(0xC56F, 0xC6C0, 0xC697, 0x20B5),
-    "ada": Chip(0xC56F, 0xC9C0, 0xC997, 0x26B9),
-    "hopper": Chip(0xC86F, 0xCBC0, 0xCB97, 0x2335),
-    "blackwell": Chip(0xC96F, 0xCDC0, 0xCD97, 0x2901),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What kind of driver to be. ``old_alloc``: RM_ALLOC's argument as it was up to 530.41.03."""
-
-    era: Era = Era.HOST
-    gpus: int = 1
-    chip: Chip = CHIPS["hopper"]
-    version: str = "580.159.04"
-    old_alloc: bool = False
-
-
-_VENDOR = 0x10DE
-_FIRST_SLOT = 6
-_FIRST_CLIENT = 0xC1D00000
 _FIRST_GENERATED = 0xCAF00000
 _MAX_PARAMS = 1 << 20
-_NO_INSTANCE = 0xFFFFFFFF  # not a MIG instance
-_PID_INFO_ENTRY_TAIL = 8  # computeInstanceId, gpuInstanceId: last in the entries that have them
-_PID_INFO_WITH_TAIL = 48
 _CLASS_MASK = 0xFFFF
 _SYS_MEMBLOCK = 0x40000000
 _GPU_MEMORY = 144 << 30
-
-
-class _RefusedError(Exception):
-    """An RM status that is not OK; the ioctl itself succeeds."""
-
-    def __init__(self, status: Status) -> None:
-        super().__init__(status)
-        self.status = status
 
 
 def _failed(code: int) -> OSError:
     return OSError(code, f"the stand-in driver answers {errno.errorcode[code]}")
 
 
-_Key = TypeVar("_Key")
-
-
-@dataclass(eq=False)
-class _GpuState:
-    """A GPU and the books about it. ``nodes`` counts the open files of its node by process id."""
-
-    card: abi.CardInfo
-    nodes: dict[int, int] = field(default_factory=dict)
-    holders: dict[int, dict[Process, int]] = field(default_factory=dict)
-    memory: dict[Process, int] = field(default_factory=dict)
-
-
-def _count(books: dict[_Key, int], key: _Key, change: int) -> None:
-    total = books.get(key, 0) + change
-    if total:
-        books[key] = total
-    else:
-        books.pop(key, None)
-
-
-@dataclass(eq=False)
-class _Object:
-    """An object of a client: a node in its tree. ``size`` is GPU memory in bytes."""
-
-    handle: int
-    class_number: int
-    parent: _Object | None = None
-    gpu: _GpuState | None = None
-    size: int = 0
-    children: dict[int, _Object] = field(default_factory=dict)
-
-    def subtree(self) -> Iterable[_Object]:
-        """All objects below it, then itself."""
-        for child in self.children.values():
-            yield from child.subtree()
-        yield self
-
-
-@dataclass(eq=False)
-class _Client:
-    """A root client, of the open file and of the process that allocated it."""
-
-    root: _Object
-    process: Process
-    objects: dict[int, _Object]
-
-    def has_device(self, gpu: _GpuState) -> bool:
-        """Whether it has a device object of a GPU."""
-        return any(each.class_number == abi.DEVICE and each.gpu is gpu for each in self.objects.values())
-
-
-class Driver:
-    """The driver's state, shared by all open files."""
+class Driver(State):
+    """The driver."""
 
     def __init__(self, options: Options) -> None:
         """With ``options.gpus`` GPUs of one kind on PCI bus 0."""
-        self.options = options
-        slots = range(_FIRST_SLOT, _FIRST_SLOT + options.gpus)
-        self.gpus = [
-            _GpuState(abi.CardInfo(0, 0, slot, 0, _VENDOR, options.chip.pci_device, slot, minor))
-            for minor, slot in enumerate(slots)
-        ]
-        self.alloc_status = abi.ALLOC_STATUS_TO_530 if options.old_alloc else abi.ALLOC_STATUS_FROM_535
-        chip = options.chip
-        self.classes = [
-            abi.ROOT_CLIENT, abi.DEVICE, abi.SUBDEVICE, abi.MEMORY_LOCAL_USER, abi.MPS_COMPUTE,
-            chip.channel, chip.compute, chip.graphics,
-        ]  # fmt: skip
-        #: Clients with MPS objects, and how many each has.
-        self.mps: dict[_Client, int] = {}
-        self._clients_made = 0
+        super().__init__(options)
+        root, device = abi.ROOT_CLIENT, abi.DEVICE
+        self.controls: dict[Key, Row] = {
+            (root, abi.GPU_GET_PROBED_IDS): Row(abi.PROBED_IDS_SIZES, self._get_probed_ids),
+            (root, abi.GPU_GET_ATTACHED_IDS): Row((abi.ATTACHED_IDS_SIZE,), self._get_attached_ids),
+            (root, abi.GPU_GET_ID_INFO_V2): Row((abi.IdInfo.LAYOUT.size,), self._get_id_info),
+            (device, abi.GPU_GET_CLASSLIST): Row((abi.ClassList.LAYOUT.size,), self._get_class_list),
+            (device, abi.GPU_GET_CLASSLIST_V2): Row((abi.CLASSLIST_V2_SIZE,), self._get_class_list_v2),
+        }
+        self.register(pids.controls_for(self))
+
+    def register(self, controls: Mapping[Key, Row]) -> None:
+        """Have more controls, or others in the place of those that there are."""
+        self.controls.update(controls)
 
     def open_control(self) -> ControlFile:
         """Open the control node."""
@@ -192,14 +74,31 @@ class Driver:
         """Open the node of GPU ``minor``."""
         return GpuFile(self.gpus[minor], task.process())
 
-    def new_client_handle(self) -> int:
-        """A client handle that was never used."""
-        self._clients_made += 1
-        return _FIRST_CLIENT + self._clients_made
+    def _get_probed_ids(self, _task: Task, _object: Object, params: bytearray) -> None:
+        params[:] = abi.pack_gpu_ids([gpu.card.gpu_id for gpu in self.gpus], len(params))
 
-    def attached(self) -> list[_GpuState]:
-        """The GPUs whose node somebody has open."""
-        return [gpu for gpu in self.gpus if gpu.nodes]
+    def _get_attached_ids(self, _task: Task, _object: Object, params: bytearray) -> None:
+        params[:] = abi.pack_gpu_ids([gpu.card.gpu_id for gpu in self.attached()], len(params))
+
+    def _get_id_info(self, _task: Task, _object: Object, params: bytearray) -> None:
+        gpu_id = abi.IdInfo.unpack(params).gpu_id
+        gpu = next((gpu for gpu in self.attached() if gpu.card.gpu_id == gpu_id), None)
+        if gpu is None:
+            raise RefusedError(Status.INVALID_ARGUMENT)
+        minor = gpu.card.minor
+        info = abi.IdInfo(gpu_id, 1, device_instance=minor, board_id=gpu_id, gpu_instance=minor, numa_id=-1)
+        params[:] = info.pack()
+
+    def _get_class_list(self, task: Task, _object: Object, params: bytearray) -> None:
+        asked, classes = abi.ClassList.unpack(params), self.classes
+        if asked.pointer:
+            if asked.count < len(classes):
+                raise RefusedError(Status.INVALID_PARAM_STRUCT)
+            task.write(asked.pointer, abi.pack_words(classes))
+        params[:] = replace(asked, count=len(classes)).pack()
+
+    def _get_class_list_v2(self, _task: Task, _object: Object, params: bytearray) -> None:
+        params[:] = abi.pack_class_list_v2(self.classes)
 
 
 class File(ABC):
@@ -245,15 +144,15 @@ class File(ABC):
 class GpuFile(File):
     """An open /dev/nvidiaN. It refuses what belongs to the control node."""
 
-    def __init__(self, gpu: _GpuState, process: Process) -> None:
+    def __init__(self, gpu: GpuState, process: Process) -> None:
         """Opened by ``process``, which may then allocate devices of the GPU."""
         self._gpu = gpu
         self._tgid = process.tgid
-        _count(gpu.nodes, self._tgid, 1)
+        count(gpu.nodes, self._tgid, 1)
 
     def release(self) -> None:
         """Close."""
-        _count(self._gpu.nodes, self._tgid, -1)
+        count(self._gpu.nodes, self._tgid, -1)
 
     def _perform(self, task: Task, number: int, raw: bytes) -> bytes:  # noqa: ARG002 - interface
         sizes = {Escape.REGISTER_FD: 4, Escape.WAIT_OPEN_COMPLETE: 8}
@@ -268,7 +167,7 @@ class ControlFile(File):
     def __init__(self, driver: Driver) -> None:
         """Without clients yet."""
         self._driver = driver
-        self._clients: dict[int, _Client] = {}
+        self._clients: dict[int, Client] = {}
         self._escapes: dict[int, Callable[[Task, bytes], bytes]] = {
             Escape.RM_CONTROL: self._rm_control,
             Escape.RM_ALLOC: self._rm_alloc,
@@ -276,17 +175,6 @@ class ControlFile(File):
             Escape.CARD_INFO: self._card_info,
             Escape.CHECK_VERSION_STR: self._check_version,
             Escape.SYS_PARAMS: self._sys_params,
-        }
-        root, device, subdevice = abi.ROOT_CLIENT, abi.DEVICE, abi.SUBDEVICE
-        # (class of the object, control) -> (sizes of params, what fills them in)
-        self._controls: dict[tuple[int, int], tuple[tuple[int, ...], _Control]] = {
-            (root, abi.GPU_GET_PROBED_IDS): (abi.PROBED_IDS_SIZES, self._get_probed_ids),
-            (root, abi.GPU_GET_ATTACHED_IDS): ((abi.ATTACHED_IDS_SIZE,), self._get_attached_ids),
-            (root, abi.GPU_GET_ID_INFO_V2): ((abi.IdInfo.LAYOUT.size,), self._get_id_info),
-            (device, abi.GPU_GET_CLASSLIST): ((abi.ClassList.LAYOUT.size,), self._get_class_list),
-            (device, abi.GPU_GET_CLASSLIST_V2): ((abi.CLASSLIST_V2_SIZE,), self._get_class_list_v2),
-            (subdevice, GPU_GET_PIDS): (_sizes(GPU_GET_PIDS), self._get_pids),
-            (subdevice, GPU_GET_PID_INFO): (_sizes(GPU_GET_PID_INFO), self._get_pid_info),
         }
 
     def release(self) -> None:
@@ -335,7 +223,7 @@ class ControlFile(File):
             handle = self._alloc(task, request)
             answer[: abi.RmAlloc.LAYOUT.size] = replace(request, new=handle).pack()
             status = Status.OK
-        except _RefusedError as error:
+        except RefusedError as error:
             status = error.status
         except MemoryFault:
             status = Status.INVALID_ADDRESS
@@ -344,31 +232,34 @@ class ControlFile(File):
 
     def _alloc(self, task: Task, request: abi.RmAlloc) -> int:
         if request.class_number in (abi.ROOT, abi.ROOT_NON_PRIV, abi.ROOT_CLIENT):
-            root = _Object(self._driver.new_client_handle(), abi.ROOT_CLIENT)
-            self._clients[root.handle] = _Client(root, task.process(), {root.handle: root})
+            root = Object(self._driver.new_client_handle(), abi.ROOT_CLIENT)
+            client = Client(root, task.process(), task.thread(), {root.handle: root})
+            root.client = self._clients[root.handle] = client
             return root.handle
         client = self._client(request.root)
         parent = self._object(client, request.parent)
         handle = request.new or self._generate(client)
         if handle in client.objects:
-            raise _RefusedError(Status.INSERT_DUPLICATE_NAME)
+            raise RefusedError(Status.INSERT_DUPLICATE_NAME)
         made = self._make(task, parent, handle, request)
+        made.client = client
         parent.children[handle] = client.objects[handle] = made
-        self._book(client, made, 1)
+        self._driver.book(client, made, 1)
         return handle
 
-    def _make(self, task: Task, parent: _Object, handle: int, request: abi.RmAlloc) -> _Object:
+    def _make(self, task: Task, parent: Object, handle: int, request: abi.RmAlloc) -> Object:
         number, chip = request.class_number, self._driver.options.chip
         engines = (chip.compute, chip.graphics)
         parents = {
             abi.DEVICE: abi.ROOT_CLIENT, abi.SUBDEVICE: abi.DEVICE, abi.MEMORY_LOCAL_USER: abi.DEVICE,
             abi.MPS_COMPUTE: abi.ROOT_CLIENT, chip.channel: abi.DEVICE, **dict.fromkeys(engines, chip.channel),
+            abi.NVENC_SW_SESSION: abi.DEVICE, abi.NVFBC_SW_SESSION: abi.DEVICE, abi.PROFILER: abi.SUBDEVICE,
         }  # fmt: skip
         if number not in parents:
-            raise _RefusedError(Status.INVALID_CLASS)
+            raise RefusedError(Status.INVALID_CLASS)
         if parent.class_number != parents[number]:
-            raise _RefusedError(Status.INVALID_OBJECT_PARENT)
-        made = _Object(handle, number, parent, parent.gpu)
+            raise RefusedError(Status.INVALID_OBJECT_PARENT)
+        made = Object(handle, number, parent, parent.gpu)
         if number == abi.DEVICE:
             params = self._alloc_params(task, request, abi.DeviceParams.LAYOUT.size, required=True)
             made.gpu = self._gpu_of(task, abi.DeviceParams.unpack(params).device_instance)
@@ -378,19 +269,19 @@ class ControlFile(File):
             params = self._alloc_params(task, request, abi.MemoryParams.LAYOUT.size, required=True)
             made.size = abi.MemoryParams.unpack(params).size
             if not made.size:
-                raise _RefusedError(Status.INVALID_ARGUMENT)
+                raise RefusedError(Status.INVALID_ARGUMENT)
             if parent.gpu is None or made.size > _GPU_MEMORY - sum(parent.gpu.memory.values()):
-                raise _RefusedError(Status.NO_MEMORY)
+                raise RefusedError(Status.NO_MEMORY)
         elif number == chip.channel:
             self._alloc_params(task, request, abi.CHANNEL_PARAMS_SIZE, required=True)
         return made
 
-    def _gpu_of(self, task: Task, instance: int) -> _GpuState:
+    def _gpu_of(self, task: Task, instance: int) -> GpuState:
         if instance >= len(self._driver.gpus):
-            raise _RefusedError(Status.INVALID_ARGUMENT)
+            raise RefusedError(Status.INVALID_ARGUMENT)
         gpu = self._driver.gpus[instance]
         if task.process().tgid not in gpu.nodes:
-            raise _RefusedError(Status.INSUFFICIENT_PERMISSIONS)
+            raise RefusedError(Status.INSUFFICIENT_PERMISSIONS)
         return gpu
 
     @staticmethod
@@ -398,11 +289,11 @@ class ControlFile(File):
         if request.params:
             return task.read(request.params, size)
         if required:
-            raise _RefusedError(Status.INVALID_ARGUMENT)
+            raise RefusedError(Status.INVALID_ARGUMENT)
         return bytes(size)
 
     @staticmethod
-    def _generate(client: _Client) -> int:
+    def _generate(client: Client) -> int:
         handle = _FIRST_GENERATED + len(client.objects)
         while handle in client.objects:
             handle += 1
@@ -418,41 +309,33 @@ class ControlFile(File):
             if freed is not None:  # freeing what is not there succeeds
                 self._free(client, freed)
             status = Status.OK
-        except _RefusedError as error:
+        except RefusedError as error:
             status = error.status
         return replace(request, status=status).pack()
 
-    def _free(self, client: _Client, freed: _Object) -> None:
+    def _free(self, client: Client, freed: Object) -> None:
         self._forget(client, freed)
         if freed.parent is None:
             del self._clients[freed.handle]
         else:
             del freed.parent.children[freed.handle]
 
-    def _forget(self, client: _Client, freed: _Object) -> None:
+    def _forget(self, client: Client, freed: Object) -> None:
         for each in freed.subtree():
-            self._book(client, each, -1)
+            self._driver.book(client, each, -1)
             del client.objects[each.handle]
 
-    def _book(self, client: _Client, each: _Object, change: int) -> None:
-        if each.class_number == abi.MPS_COMPUTE:
-            _count(self._driver.mps, client, change)
-        if each.gpu is None:
-            return
-        _count(each.gpu.holders.setdefault(each.class_number, {}), client.process, change)
-        _count(each.gpu.memory, client.process, change * each.size)
-
-    def _client(self, handle: int) -> _Client:
+    def _client(self, handle: int) -> Client:
         client = self._clients.get(handle)
         if client is None:
-            raise _RefusedError(Status.INVALID_CLIENT)
+            raise RefusedError(Status.INVALID_CLIENT)
         return client
 
     @staticmethod
-    def _object(client: _Client, handle: int) -> _Object:
+    def _object(client: Client, handle: int) -> Object:
         found = client.objects.get(handle)
         if found is None:
-            raise _RefusedError(Status.OBJECT_NOT_FOUND)
+            raise RefusedError(Status.OBJECT_NOT_FOUND)
         return found
 
     # ---------------------------------------------------------------------------- controls
@@ -464,7 +347,7 @@ class ControlFile(File):
         try:
             self._control(task, request)
             status = Status.OK
-        except _RefusedError as error:
+        except RefusedError as error:
             status = error.status
         except MemoryFault:
             status = Status.INVALID_ADDRESS
@@ -473,96 +356,15 @@ class ControlFile(File):
     def _control(self, task: Task, request: abi.Nvos54) -> None:
         no_params, no_size = request.params == 0, request.params_size == 0
         if request.flags or no_params != no_size or request.params_size > _MAX_PARAMS:
-            raise _RefusedError(Status.INVALID_ARGUMENT)
+            raise RefusedError(Status.INVALID_ARGUMENT)
         handle = self._object(self._client(request.client), request.handle)
         if request.cmd & _CLASS_MASK == 0:  # neither category nor index: the null command
             return
-        row = self._controls.get((handle.class_number, request.cmd))
+        row = self._driver.controls.get((handle.class_number, request.cmd))
         if row is None:
-            raise _RefusedError(Status.NOT_SUPPORTED)
-        sizes, fill = row
-        if request.params_size not in sizes:
-            raise _RefusedError(Status.INVALID_ARGUMENT)
+            raise RefusedError(Status.NOT_SUPPORTED)
+        if request.params_size not in row.sizes:
+            raise RefusedError(Status.INVALID_ARGUMENT)
         params = bytearray(task.read(request.params, request.params_size))
-        fill(task, handle, params)
+        row.fill(task, handle, params)
         task.write(request.params, bytes(params))
-
-    def _get_probed_ids(self, _task: Task, _handle: _Object, params: bytearray) -> None:
-        params[:] = abi.pack_gpu_ids([gpu.card.gpu_id for gpu in self._driver.gpus], len(params))
-
-    def _get_attached_ids(self, _task: Task, _handle: _Object, params: bytearray) -> None:
-        params[:] = abi.pack_gpu_ids([gpu.card.gpu_id for gpu in self._driver.attached()], len(params))
-
-    def _get_id_info(self, _task: Task, _handle: _Object, params: bytearray) -> None:
-        gpu_id = abi.IdInfo.unpack(params).gpu_id
-        gpu = next((gpu for gpu in self._driver.attached() if gpu.card.gpu_id == gpu_id), None)
-        if gpu is None:
-            raise _RefusedError(Status.INVALID_ARGUMENT)
-        minor = gpu.card.minor
-        info = abi.IdInfo(gpu_id, 1, device_instance=minor, board_id=gpu_id, gpu_instance=minor, numa_id=-1)
-        params[:] = info.pack()
-
-    def _get_class_list(self, task: Task, _handle: _Object, params: bytearray) -> None:
-        asked, classes = abi.ClassList.unpack(params), self._driver.classes
-        if asked.pointer:
-            if asked.count < len(classes):
-                raise _RefusedError(Status.INVALID_PARAM_STRUCT)
-            task.write(asked.pointer, abi.pack_words(classes))
-        params[:] = replace(asked, count=len(classes)).pack()
-
-    def _get_class_list_v2(self, _task: Task, _handle: _Object, params: bytearray) -> None:
-        params[:] = abi.pack_class_list_v2(self._driver.classes)
-
-    def _get_pids(self, task: Task, handle: _Object, params: bytearray) -> None:
-        id_type, number = abi.unpack_words(params[:8])
-        if id_type not in (abi.PIDS_ID_TYPE_CLASS, abi.PIDS_ID_TYPE_VGPU_GUEST) or handle.gpu is None:
-            raise _RefusedError(Status.INVALID_ARGUMENT)
-        table = GPU_PIDS.table
-        holders = self._holders(handle.gpu, number) if id_type == abi.PIDS_ID_TYPE_CLASS else {}
-        pids = list(dict.fromkeys(pid for pid, _ in self._as_seen_by(task, holders)))[: table.capacity]
-        answer = abi.pack_words(pids)  # what lies behind stays the caller's own
-        params[table.entries : table.entries + len(answer)] = answer
-        abi.U32.pack_into(params, table.count or 0, len(pids))
-
-    def _holders(self, gpu: _GpuState, number: int) -> dict[Process, int]:
-        chip = self._driver.options.chip
-        if number == abi.MPS_COMPUTE:
-            return {client.process: 1 for client in self._driver.mps if client.has_device(gpu)}
-        # Only engine objects and subdevices make a holder: no process "holds" a class of channels or of memory.
-        return gpu.holders.get(number, {}) if number in (abi.SUBDEVICE, chip.compute, chip.graphics) else {}
-
-    def _get_pid_info(self, task: Task, handle: _Object, params: bytearray) -> None:
-        table = PID_CONTROLS[GPU_GET_PID_INFO, len(params)].table
-        pids = table.pids(params)
-        if not pids or handle.gpu is None:
-            raise _RefusedError(Status.INVALID_ARGUMENT)
-        memory: dict[int, int] = {}
-        for pid, size in self._as_seen_by(task, handle.gpu.memory):
-            _count(memory, pid, size)
-        for index, pid in enumerate(pids):
-            start = table.entries + index * table.stride
-            (kind,) = abi.U32.unpack_from(params, start + 4)
-            refused = pid == 0 or kind != abi.PID_INFO_INDEX_MEMORY
-            use = abi.MemoryUse(0 if refused else memory.get(pid, 0), 0, 0).pack()
-            result = Status.INVALID_ARGUMENT if refused else Status.OK
-            abi.U32.pack_into(params, start + abi.MemoryUse.RESULT, result)
-            data, end = start + abi.MemoryUse.OFFSET, start + table.stride
-            if table.stride >= _PID_INFO_WITH_TAIL:
-                end -= _PID_INFO_ENTRY_TAIL
-                params[end : end + _PID_INFO_ENTRY_TAIL] = abi.pack_words([_NO_INSTANCE, _NO_INSTANCE])
-            params[data:end] = use.ljust(end - data, b"\0")
-
-    def _as_seen_by(self, task: Task, books: dict[Process, int]) -> Iterable[tuple[int, int]]:
-        """The processes' ids as this driver tells them to the task, with what the books say of each."""
-        if self._driver.options.era is Era.HOST:
-            return [(process.tgid, value) for process, value in books.items()]
-        namespace = task.namespace()
-        seen = ((dict(process.numbers).get(namespace), value) for process, value in books.items())
-        return [(pid, value) for pid, value in seen if pid is not None]
-
-
-_Control = Callable[[Task, _Object, bytearray], None]
-
-
-def _sizes(cmd: int) -> tuple[int, ...]:
-    return tuple(size for number, size in PID_CONTROLS if number == cmd)

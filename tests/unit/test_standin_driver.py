@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpu_notify.rm import abi
 from mpu_notify.rm.abi import Escape, Status
-from mpu_notify.standin.driver import CHIPS, ControlFile, Driver, Era, File, MemoryFault, Options, Process
+from mpu_notify.standin.driver import CHIPS, ControlFile, Driver, Era, File, MemoryFault, Options, Process, Thread
 
 HOST, INNER, INNERMOST = 100, 200, 300  # PID namespaces
 HOPPER = CHIPS["hopper"]
@@ -30,6 +30,7 @@ class FakeTask:
     numbers: tuple[tuple[int, int], ...] = ((HOST, 500),)
     pages: dict[int, bytearray] = field(default_factory=dict)
     read_only: frozenset[int] = frozenset()
+    thread_numbers: tuple[tuple[int, int], ...] | None = None  # None: those of the process's first thread
 
     def _page(self, address: int, size: int) -> tuple[int, int]:
         for base, page in self.pages.items():
@@ -49,6 +50,11 @@ class FakeTask:
 
     def process(self) -> Process:
         return Process(self.tgid, self.numbers)
+
+    def thread(self) -> Thread:
+        if self.thread_numbers is None:
+            return Thread(self.tgid, self.numbers)
+        return Thread(self.thread_numbers[-1][1], self.thread_numbers)
 
     def namespace(self) -> int:
         return self.numbers[0][0]
