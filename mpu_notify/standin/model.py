@@ -98,7 +98,7 @@ class RefusedError(Exception):
 
 @dataclass(eq=False)
 class Object:
-    """An object of a client: a node in its tree. ``size`` is GPU memory in bytes."""
+    """An object of a client: a node in its tree. ``size`` is GPU memory in bytes, ``session`` the number of a session."""
 
     handle: int
     class_number: int
@@ -107,6 +107,7 @@ class Object:
     size: int = 0
     children: dict[int, Object] = field(default_factory=dict)
     client: Client | None = None
+    session: int = 0
 
     def subtree(self) -> Iterable[Object]:
         """All objects below it, then itself."""
@@ -178,6 +179,7 @@ class GpuState:
         count(self.memory, client, change * each.size)
         if each.class_number in (abi.NVENC_SW_SESSION, abi.NVFBC_SW_SESSION):
             (self.sessions.append if change > 0 else self.sessions.remove)(each)
+            each.session = self.moment
         if each is self.reservation:
             self.reservation = None
         self._account(client)

@@ -245,7 +245,7 @@ class PidControls:
     def _encoders(self, gpu: GpuState) -> list[bytes]:
         capacity = NVENC_SESSIONS.table.capacity
         return [
-            abi.pack_words([_tgid(each), 0, each.handle, 0, *_ENCODED])
+            abi.pack_words([_tgid(each), 0, each.session, 0, *_ENCODED])
             for each in gpu.sessions
             if each.class_number == abi.NVENC_SW_SESSION
         ][:capacity]
@@ -254,7 +254,7 @@ class PidControls:
         """GPU_GET_NVFBC_SW_SESSION_INFO."""
         found = [each for each in _gpu_of(handle).sessions if each.class_number == abi.NVFBC_SW_SESSION]
         entries = [
-            abi.pack_words([_tgid(each), 0, 0, each.handle, 1, 0, 0, *_ENCODED[:2], *_ENCODED])
+            abi.pack_words([_tgid(each), 0, 0, each.session, 1, 0, 0, *_ENCODED[:2], *_ENCODED])
             for each in found[: NVFBC_SESSIONS.table.capacity]
         ]
         params[:] = (U32.pack(len(entries)) + b"".join(entries)).ljust(len(params), b"\0")
