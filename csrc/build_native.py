@@ -22,6 +22,7 @@ CALLS = """
 #define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV ...
 
 int mpu_install_filter(const void *program, unsigned short instructions, unsigned long flags);
+int mpu_filter_flags_known(unsigned long flags);
 int mpu_no_new_privileges(void);
 int mpu_unshare(int flags);
 int mpu_mount(const char *source, const char *target, const char *type, unsigned long flags);

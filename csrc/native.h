@@ -26,6 +26,13 @@ static int mpu_install_filter(const void *program, unsigned short instructions, 
     return fd < 0 ? -errno : (int)fd;
 }
 
+/* Whether the kernel has these flags: it looks at them before it looks for the filter, which is not there. */
+static int mpu_filter_flags_known(unsigned long flags)
+{
+    return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags | SECCOMP_FILTER_FLAG_NEW_LISTENER, NULL) &&
+           errno == EFAULT;
+}
+
 static int mpu_no_new_privileges(void)
 {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;

@@ -17,7 +17,17 @@ processes, by the container's own PIDs: from user space, with nothing loaded
 into the kernel and without sharing the host's PID namespace.
 """
 
-VERBS = ("run", "serve", "ps", "configure", "unconfigure", "demo", "profile")  # each a module of this package
+VERBS = (
+    "run",
+    "serve",
+    "ps",
+    "doctor",
+    "probe",
+    "configure",
+    "unconfigure",
+    "demo",
+    "profile",
+)  # each a module of this package
 
 _STANDARD_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells say it

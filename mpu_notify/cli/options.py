@@ -63,8 +63,8 @@ def add_translate(parser: argparse.ArgumentParser, section: str | None = None) -
         "--translate",
         choices=("auto", "always"),
         default=default,
-        help="which controls to translate: 'always' all that carry PIDs, 'auto' those that the loaded driver leaves "
-        f"to us; this version cannot tell and takes auto for always ({told})",
+        help="which controls to translate: 'always' all that carry PIDs, 'auto' those that the loaded driver does not "
+        f"get right by itself, which 'mpu-notify doctor' lists ({told})",
     )
 
 

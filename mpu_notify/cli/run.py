@@ -12,6 +12,7 @@ from mpu_notify.notify import sandbox
 from mpu_notify.notify.monitor import identify
 from mpu_notify.pidns import require_initial_namespace
 from mpu_notify.supervisor import private
+from mpu_notify.supervisor.driver import Watch, find
 
 _SUPERVISOR_SECONDS = 2
 
@@ -59,9 +60,11 @@ def main(args: argparse.Namespace) -> int:
         raise options.UsageError("run: name a command, for example: mpu-notify run nvidia-smi")
     options.configure_log(args)
     require_initial_namespace()
-    device = identify(Path(args.device))
+    node = Path(args.device)
+    device = identify(node)
+    watch = Watch(node, args.translate, find(node))
     forwarding = sandbox.Forwarding.begin()
-    supervisor, handover = private.start(device, f"pid {os.getpid()}", args.answer_timeout_ms)
+    supervisor, handover = private.start(watch, device, f"pid {os.getpid()}", args.answer_timeout_ms)
     try:
         status = sandbox.run(command, handover, forwarding)
     except sandbox.CommandError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -23,8 +24,11 @@ from mpu_notify.notify.monitor import (
 )
 from mpu_notify.observe import log
 from mpu_notify.pidns import require_initial_namespace
-from mpu_notify.supervisor import configuration
-from mpu_notify.supervisor.service import MONITORED, Supervisor
+from mpu_notify.supervisor import configuration, probe
+from mpu_notify.supervisor.driver import How, Watch, find
+from mpu_notify.supervisor.service import Supervisor, monitored
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Serve containers: the OCI seccomp agent that runtimes hand a container's filter
@@ -83,9 +87,10 @@ def main(args: argparse.Namespace) -> int:
         signal.signal(number, _end)
     supervisor: Supervisor | None = None
     try:
-        monitors = _Monitors(wanted)
+        watch = _watch(wanted)
+        monitors = _Monitors(wanted, watch)
         monitor = monitors.first()
-        supervisor = Supervisor(monitor, reconnect=monitors.another)
+        supervisor = Supervisor(monitor, watch=watch, reconnect=monitors.another)
         native.keep_needed_capabilities()
         print(f"READY socket={wanted.socket} monitor={monitor.pid} supervisor={os.getpid()}", flush=True)
         _notify_systemd("READY=1")
@@ -111,13 +116,25 @@ def _settings(args: argparse.Namespace) -> configuration.Configuration:
     return replace(file, log=log_settings, **{key: value for key, value in said.items() if value is not None})
 
 
+def _watch(wanted: configuration.Configuration) -> Watch:
+    """What is to be translated. A driver that nobody has asked yet is asked, as root, while we have the power to."""
+    node = Path(wanted.device)
+    found = find(node)
+    if found.how is not How.ASKED and os.geteuid() == 0:
+        found = probe.finding_if_possible(node)
+    era = found.era.value if found.era else "unknown"
+    log.event(logger, logging.INFO, "driver", device=str(node), era=era, how=found.how.value)
+    return Watch(node, wanted.translate, found)
+
+
 class _Monitors:
     """Comes by the monitor: the one that runs, else one that is started, of our version."""
 
-    def __init__(self, wanted: configuration.Configuration) -> None:
+    def __init__(self, wanted: configuration.Configuration, watch: Watch) -> None:
         self._agent = Path(wanted.socket)
         self._control = self._agent.with_suffix(".control")
         self._device = identify(Path(wanted.device))
+        self._watch = watch
         self._silence_ms = max(1, round(wanted.answer_timeout * 1000))
 
     def first(self) -> Monitor:
@@ -140,12 +157,17 @@ class _Monitors:
 
     def _connect(self) -> Monitor | None:
         try:
-            return Monitor.connect(self._control, self._device, MONITORED, self._silence_ms)
+            return self._connect_once()
         except OtherVersionError as error:
             if error.is_kept:
                 raise
         replace_daemon(self._control)
-        return Monitor.connect(self._control, self._device, MONITORED, self._silence_ms)
+        return self._connect_once()
+
+    def _connect_once(self) -> Monitor | None:
+        device = self._watch.finding.identity.node or self._device
+        controls = map(monitored, self._watch.treatment.rows)
+        return Monitor.connect(self._control, device, controls, self._silence_ms)
 
     def _found(self, monitor: Monitor | None) -> Monitor:
         if monitor is None:

@@ -390,6 +390,13 @@ def _await_ready(process: subprocess.Popen[bytes], options: Sequence[str]) -> No
         raise MonitorError(f"the monitor ended while starting ({' '.join(options)}): see what it said above")
 
 
+def accepts(path: Path) -> bool:
+    """Whether somebody listens on a socket, without connecting to it (proc(5), /proc/net/unix: flag __SO_ACCEPTCON)."""
+    wanted = str(path)
+    with Path("/proc/net/unix").open(encoding="utf-8", errors="surrogateescape") as lines:
+        return any(line.rstrip("\n").endswith(f" {wanted}") and line.split()[3] == "00010000" for line in lines)
+
+
 def _spawn(command: Sequence[str | Path], *fds: int, stdout: int | None = None) -> subprocess.Popen[bytes]:
     # What a service manager tells us, it does not tell the monitor that we start.
     environment = {key: value for key, value in os.environ.items() if key not in _SERVICE_MANAGERS}

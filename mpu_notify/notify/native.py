@@ -32,6 +32,11 @@ def install_filter(program: bytes, flags: int) -> int:
     return _checked(lib.mpu_install_filter(program, count, flags), "install the seccomp filter")
 
 
+def filter_flags_known(flags: int) -> bool:
+    """Whether the running kernel takes these flags of a seccomp filter with a listener."""
+    return bool(lib.mpu_filter_flags_known(flags))
+
+
 def set_no_new_privileges() -> None:
     """Give up, for good, gaining privileges by exec (prctl(2), PR_SET_NO_NEW_PRIVS)."""
     _checked(lib.mpu_no_new_privileges(), "set no_new_privs")

@@ -119,18 +119,21 @@ class RmClient:
         """Close the open files, which frees all that was allocated with them."""
         self._files.close()
 
-    def gpus(self) -> list[Gpu]:
+    def gpus(self, at_most: int | None = None) -> list[Gpu]:
         """The GPUs whose node beside the control node can be opened, in PCI order; RmError where none can.
 
-        Their numbers count all GPUs of the machine, so they are the same in a container that has only some.
+        Their numbers count all GPUs of the machine, so they are the same in a container that has only some. With
+        ``at_most`` no more are opened, the first time: opening a GPU that nobody uses initialises it.
         """
         if self._gpus is None:
             cards = bytearray(abi.CardInfo.LAYOUT.size * abi.CardInfo.MAX_ENTRIES)
             self._ioctl(abi.Escape.CARD_INFO, cards, "list the GPUs")
             found = sorted(abi.CardInfo.unpack_all(cards))
             first_error: OSError | None = None
-            gpus = []
+            gpus: list[Gpu] = []
             for index, card in enumerate(found):
+                if len(gpus) == at_most:
+                    break
                 try:
                     self._open(self.control_node.with_name(f"nvidia{card.minor}"), self._files)
                 except RmError as error:  # a container that has only some of the GPUs
@@ -254,10 +257,11 @@ class Gpu:
         for number, letter in [*asked, (abi.MPS_COMPUTE, "M")]:
             for pid in self.pids(number):
                 types.setdefault(pid, set()).add(letter)
-        memory = self._memory(sorted(types))
+        memory = self.memory(sorted(types))
         return [GpuProcess(pid, frozenset(types[pid]), memory[pid]) for pid in sorted(types)]
 
-    def _memory(self, pids: list[int]) -> dict[int, int | None]:
+    def memory(self, pids: list[int]) -> dict[int, int | None]:
+        """The GPU memory of processes in bytes, by the ids that the driver is to be asked with; None: not told."""
         memory: dict[int, int | None] = {}
         for start in range(0, len(pids), GPU_PID_INFO.table.capacity):
             memory.update(self._memory_of(pids[start : start + GPU_PID_INFO.table.capacity]))

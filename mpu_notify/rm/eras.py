@@ -100,7 +100,7 @@ def by_version(driver: Driver) -> Era | None:
 # -------------------------------------------------------------------------------- what is left to do
 
 _HOST_PIDS = "it names the host's PIDs"
-_UNTRANSLATED = "it names the host's PIDs and other containers' processes, as in every version"
+_UNTRANSLATED = "it names the host's PIDs, as every version does"
 
 #: What a driver of this era does wrong for a caller in a PID namespace, by control; a control that is not there is
 #: right by itself.

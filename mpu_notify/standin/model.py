@@ -98,7 +98,10 @@ class RefusedError(Exception):
 
 @dataclass(eq=False)
 class Object:
-    """An object of a client: a node in its tree. ``size`` is GPU memory in bytes, ``session`` the number of a session."""
+    """An object of a client: a node in its tree.
+
+    ``size`` is GPU memory in bytes, ``session`` the number of a session.
+    """
 
     handle: int
     class_number: int

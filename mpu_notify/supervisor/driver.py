@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -102,7 +101,9 @@ def conclude(identity: Identity, possible: frozenset[Era], seen: str) -> Finding
     driver = identity.driver
     era = eras.by_version(driver) if driver else None
     if era in possible:
-        return Finding(identity, era, How.ASKED, f"{seen}; its version tells which of these")
+        return Finding(identity, era, How.ASKED, f"{seen}; the rest by its version")
+    if possible <= {Era.THREAD_BOTH, Era.THREAD_ALL}:
+        return Finding(identity, Era.THREAD_BOTH, How.ASKED, f"{seen}; or thread-all, which is translated alike")
     return Finding(identity, None, How.NOT, seen)
 
 
@@ -117,10 +118,10 @@ def write(finding: Finding, file: Path) -> None:
     }
     try:
         file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as made:
-            made.write(json.dumps(document) + "\n")
-        Path(made.name).chmod(0o644)
-        Path(made.name).replace(file)
+        made = file.with_name(f".{file.name}.{os.getpid()}")
+        made.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        made.chmod(0o644)
+        made.replace(file)
     except OSError as error:
         raise EraFileError(f"cannot write {file}: {error.strerror}; name another file with --write") from error
 

@@ -8,20 +8,23 @@ import signal
 import socket
 
 from mpu_notify.notify import native
-from mpu_notify.notify.monitor import DEFAULT_SILENCE_MS, Monitor, MonitorError
+from mpu_notify.notify.monitor import Monitor, MonitorError
 from mpu_notify.notify.process import fork
 from mpu_notify.notify.protocol import Device, ProtocolError
 from mpu_notify.notify.sandbox import SERVED
 from mpu_notify.observe.log import event
-from mpu_notify.supervisor.service import MONITORED, Supervisor
+from mpu_notify.supervisor.driver import Watch
+from mpu_notify.supervisor.service import Supervisor, monitored
 
 log = logging.getLogger(__name__)
 
 _MESSAGE_BYTES = 4096
 
 
-def start(device: Device, name: str, silence_ms: int = DEFAULT_SILENCE_MS) -> tuple[int, socket.socket]:
+def start(watch: Watch, device: Device, name: str, silence_ms: int) -> tuple[int, socket.socket]:
     """Fork a supervisor, which starts its monitor; returns its pid and the socket that takes the listener.
+
+    `watch` says what is to be translated.
 
     The listener is sent as the one fd of a packet; the answer is SERVED, or the reason why it is not served. The
     supervisor ends when the last user of the filter is gone. Raises MonitorError where the two did not come up.
@@ -30,7 +33,7 @@ def start(device: Device, name: str, silence_ms: int = DEFAULT_SILENCE_MS) -> tu
 
     def child() -> int:
         ours.close()
-        return _run(theirs, device, name, silence_ms)
+        return _run(theirs, watch, device, name, silence_ms)
 
     pid = fork(child)
     theirs.close()
@@ -42,18 +45,18 @@ def start(device: Device, name: str, silence_ms: int = DEFAULT_SILENCE_MS) -> tu
     return pid, ours
 
 
-def _run(handover: socket.socket, device: Device, name: str, silence_ms: int) -> int:
+def _run(handover: socket.socket, watch: Watch, device: Device, name: str, silence_ms: int) -> int:
     _detach_from_terminal()
     try:
         native.keep_needed_capabilities()
-        monitor = Monitor.start(device, MONITORED, silence_ms)
+        monitor = Monitor.start(device, map(monitored, watch.treatment.rows), silence_ms)
     except (MonitorError, OSError) as error:
         handover.send(str(error).encode())
         return 1
     try:
         with monitor:
             handover.send(SERVED)
-            supervisor = Supervisor(monitor, reconnect=lambda lost: _another(lost, device, silence_ms))
+            supervisor = Supervisor(monitor, watch=watch, reconnect=lambda lost: _another(lost, watch, device, silence_ms))
             if not _take_listener(handover, supervisor, name):
                 return 1
             supervisor.serve_until_idle()
@@ -66,10 +69,10 @@ def _run(handover: socket.socket, device: Device, name: str, silence_ms: int) ->
     return 0
 
 
-def _another(lost: Monitor, device: Device, silence_ms: int) -> Monitor:
+def _another(lost: Monitor, watch: Watch, device: Device, silence_ms: int) -> Monitor:
     if lost.process is not None:
         lost.process.poll()  # reap it, if it ended
-    return Monitor.start(device, MONITORED, silence_ms)
+    return Monitor.start(device, map(monitored, watch.treatment.rows), silence_ms)
 
 
 def _detach_from_terminal() -> None:
