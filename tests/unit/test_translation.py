@@ -11,12 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpu_notify.rm.controls import (
+    ACCOUNTING_INFO,
+    ACCOUNTING_PIDS,
     CONTROL_TABLE,
+    CONTROLS,
     GPU_PID_INFO,
     GPU_PID_INFO_R440,
     GPU_PID_INFO_R460,
     GPU_PIDS,
+    HWPM_RESERVATION,
+    LEFT_ALONE,
+    NVENC_SESSIONS,
+    NVENC_SESSIONS_V2,
+    NVENC_SESSIONS_V2_525,
+    NVFBC_SESSIONS,
+    UTIL_SAMPLES_515,
+    UTIL_SAMPLES_525,
+    UTIL_SAMPLES_550,
+    UTIL_SAMPLES_570,
     Control,
+    Direction,
 )
 from mpu_notify.supervisor.translation import UNKNOWN_PID, translate_in, translate_out
 
@@ -178,3 +192,137 @@ def test_an_answer_with_another_count_than_asked_is_declined(control: Control) -
     asked = translate_in(control, pid_info(control, [1, 1]), view)
     assert asked is not None
     assert translate_out(control, asked, pid_info(control, [1]), view, NOW) is None
+
+
+def out(control: Control, params: bytes, view: Table) -> bytes:
+    answer = translate_out(control, None, params, view, NOW)
+    assert answer is not None
+    assert len(answer.params) == control.whole_size
+    return answer.params
+
+
+def test_no_control_that_is_left_alone_is_in_the_table() -> None:
+    assert not LEFT_ALONE.keys() & {control.cmd for control in CONTROLS}
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: f"{control.name}-{control.size}")
+def test_every_table_lies_within_its_params(control: Control) -> None:
+    for table in control.tables:
+        last = table.entries + table.stride * (table.capacity - 1)
+        assert last + (table.size or table.stride) <= control.whole_size
+        assert table.count is None or table.count + 4 <= control.size
+
+
+ANSWERED = [control for control in CONTROLS if control.direction is Direction.ANSWERED]
+
+
+@pytest.mark.parametrize("control", ANSWERED, ids=lambda control: f"{control.name}-{control.size}")
+@given(data=st.data())
+def test_whatever_a_driver_answers_no_pid_gets_through_but_the_views(control: Control, data: st.DataObject) -> None:
+    seed = data.draw(st.binary(min_size=1, max_size=64))
+    params = bytearray((seed * (control.whole_size // len(seed) + 1))[: control.whole_size])
+    if control.table.count is not None:
+        struct.pack_into("<I", params, control.table.count, data.draw(st.integers(0, control.table.capacity)))
+    hosts = {host for table in control.tables for host in table.pids(params) or ()}
+    known = data.draw(st.sets(st.sampled_from(sorted(hosts)), max_size=5)) if hosts else set()
+    view = {host: 5_000_000 + index for index, host in enumerate(sorted(known))}
+    answer = out(control, bytes(params), Table(view))
+    for table in control.tables:
+        pids = table.pids(answer)
+        assert pids is not None
+        nobody = {0, table.invalid} if table.count is None else set()
+        assert set(pids) <= set(view.values()) | nobody
+        if table.kernel_address is not None:
+            addresses = (table.entries + table.stride * index + table.kernel_address for index in range(table.capacity))
+            assert not any(answer[at : at + 8].strip(b"\0") for at in addresses)
+
+
+SESSIONS = [(NVENC_SESSIONS, 32), (NVENC_SESSIONS_V2, 32), (NVENC_SESSIONS_V2_525, 32), (NVFBC_SESSIONS, 52)]
+
+
+@pytest.mark.parametrize(("control", "stride"), SESSIONS)
+@given(hosts=st.lists(st.integers(1, 9), max_size=256))
+def test_sessions_keep_what_is_theirs_and_close_up(control: Control, stride: int, hosts: list[int]) -> None:
+    rows = [struct.pack("<II", host, 0).ljust(stride, bytes([index % 256])) for index, host in enumerate(hosts)]
+    start = 16 if control is NVENC_SESSIONS else 4
+    params = struct.pack("<I", len(hosts)).ljust(start, b"\xdd") + b"".join(rows)
+    answer = out(control, params.ljust(control.whole_size, b"\xee"), Table({1: 41, 2: 42, 3: 43}))
+    kept = [struct.pack("<I", host + 40) + row[4:] for host, row in zip(hosts, rows, strict=True) if host <= 3]
+    expected = struct.pack("<I", len(kept)).ljust(start, b"\xdd") + b"".join(kept)
+    assert answer == expected.ljust(control.whole_size, b"\0"), "a process may have several"
+
+
+def test_a_process_with_two_sessions_has_two() -> None:
+    params = struct.pack("<I", 2) + struct.pack("<II24x", 7, 0) * 2
+    answer = out(NVENC_SESSIONS_V2, params.ljust(16388, b"\0"), Table({7: 1}))
+    assert answer == (struct.pack("<I", 2) + struct.pack("<II24x", 1, 0) * 2).ljust(16388, b"\0")
+
+
+@given(hosts=st.lists(pid_numbers, max_size=100), view=st.dictionaries(pid_numbers, pid_numbers, max_size=50))
+def test_accounted_processes_are_listed_once(hosts: list[int], view: dict[int, int]) -> None:
+    table = b"".join(struct.pack("<I", host) for host in hosts)
+    params = struct.pack("<II", 6, 0) + table.ljust(16000, b"\xee") + struct.pack("<I", len(hosts))
+    answer = out(ACCOUNTING_PIDS, params, Table(view))
+    pids = list(dict.fromkeys(view[host] for host in hosts if host in view))
+    expected = b"".join(struct.pack("<I", pid) for pid in pids).ljust(16000, b"\0")
+    assert answer == struct.pack("<II", 6, 0) + expected + struct.pack("<I", len(pids))
+
+
+def test_an_account_is_asked_for_by_host_pid_and_given_back_by_the_callers() -> None:
+    view = Table({1001: 1})
+    asked = translate_in(ACCOUNTING_INFO, struct.pack("<III", 6, 1, 0).ljust(48, b"\xaa"), view)
+    assert asked is not None
+    assert asked.params == struct.pack("<III", 6, 1001, 0).ljust(48, b"\xaa")
+    answer = translate_out(ACCOUNTING_INFO, asked, asked.params, view, NOW)
+    assert answer is not None
+    assert answer.params == struct.pack("<III", 6, 1, 0).ljust(48, b"\xaa")
+
+
+@pytest.mark.parametrize("after", [Table({}), Table({1001: 1}, late=frozenset({1001}))])
+def test_an_account_of_what_may_be_another_process_is_empty(after: Table) -> None:
+    asked = translate_in(ACCOUNTING_INFO, struct.pack("<III", 6, 1, 0).ljust(48, b"\xaa"), Table({1001: 1}))
+    assert asked is not None
+    answer = translate_out(ACCOUNTING_INFO, asked, asked.params, after, NOW)
+    assert answer is not None
+    assert answer.params == struct.pack("<III", 6, 1, 0).ljust(48, b"\0")
+
+
+@pytest.mark.parametrize(("host", "pid"), [(1001, 1), (7, 0), (0, 0)])
+def test_a_reservation_of_nobody_who_is_visible_has_no_pid(host: int, pid: int) -> None:
+    answer = out(HWPM_RESERVATION, struct.pack("<III", 1, host, 1), Table({1001: 1}))
+    assert answer == struct.pack("<III", 1, pid, 1)
+
+
+UTILISATION = [
+    (UTIL_SAMPLES_515, 4, 116),
+    (UTIL_SAMPLES_525, 4, 116),
+    (UTIL_SAMPLES_550, 6, 116),
+    (UTIL_SAMPLES_570, 6, 128),
+]
+
+
+@pytest.mark.parametrize(
+    ("control", "engines", "size"), UTILISATION, ids=lambda value: str(getattr(value, "size", value))
+)
+@given(st.data())
+def test_each_engine_of_a_sample_is_on_its_own(control: Control, engines: int, size: int, data: st.DataObject) -> None:
+    count = control.table.capacity * engines
+    users = data.draw(st.lists(st.sampled_from([1001, 1002, 7, 0xFFFFFFFF, 0]), min_size=8, max_size=8))
+    hosts = [users[index % 8] for index in range(count)]
+
+    def engine(pid: int, *, known: bool = True) -> bytes:
+        used = struct.pack("<4I", 9, 1, pid, 3).ljust(116, b"n") if known else struct.pack("<4I100x", 0, 0, pid, 0)
+        return used.ljust(120, b"\0")[: min(size, 120)]
+
+    address = b"\xff" * (size - 120) if size > 120 else b""
+    given_pids = {1001: 1, 1002: 2}
+    before, after = b"", b""
+    for index in range(control.table.capacity):
+        row = hosts[index * engines : (index + 1) * engines]
+        before += struct.pack("<Q", index) + b"".join(engine(host) + address for host in row)
+        pids = [(given_pids.get(host, host if host in (0, 0xFFFFFFFF) else 0xFFFFFFFF), host != 7) for host in row]
+        after += struct.pack("<Q", index) + b"".join(
+            engine(pid, known=known) + bytes(len(address)) for pid, known in pids
+        )
+    head = struct.pack("<4I", 2, 55872, 0, 55096)
+    assert out(control, head + before, Table({1001: 1, 1002: 2})) == head + after
