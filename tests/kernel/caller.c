@@ -27,8 +27,10 @@
 #define XFER 0xC01046D3UL
 #define GET_PIDS 0x2080018Du
 #define GET_PID_INFO 0x2080018Eu
+#define GET_ENCODERS 0x2080016Eu
 #define PIDS_SIZE 3812u
 #define INFO_SIZE 14408u
+#define ENCODERS_SIZE 16u
 #define PAGE 4096u
 
 struct nvos54 {
@@ -771,6 +773,124 @@ static void case_info(struct gpu *gpu, struct place *place)
     say_info(ret, errno, place);
 }
 
+/* ---- a table behind a pointer: the encoder sessions, of which we have one ---- */
+
+#define TABLE_ROOM 512u
+#define TABLE_SIZE (TABLE_ROOM * 32u)
+#define TABLE ((uint8_t *)0x30000000)
+
+/* The table is at a fixed address, so that every run has the same. */
+static void ask_encoders(const struct gpu *gpu, struct place *place, uint32_t count, const uint8_t *table)
+{
+    uint64_t pointer = (uintptr_t)table;
+
+    rm_alloc(gpu->control, gpu->client, gpu->device, 0xA0000003, 0xA0BC, NULL);
+    if (mmap(TABLE, TABLE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) ==
+        MAP_FAILED)
+        die("mmap");
+    memset(TABLE, 0xEE, TABLE_SIZE);
+    place->call =
+        (struct nvos54){gpu->client, gpu->subdevice, GET_ENCODERS, 0, (uintptr_t)place->params, ENCODERS_SIZE, 99};
+    put32(place->params, count);
+    memcpy(place->params + 8, &pointer, 8);
+}
+
+static void say_encoders(const struct gpu *gpu, struct place *place)
+{
+    long ret = ioctl(gpu->control, RM_CONTROL, &place->call);
+    uint32_t stale = 0;
+
+    if (ret || place->call.status) {
+        say(ret, errno, place);
+        return;
+    }
+    for (uint32_t i = 32; i < TABLE_SIZE; i++)
+        stale += TABLE[i] != 0;
+    printf("encoders=%u pid=%u codec=%u width=%u stale=%u\n", get32(place->params), get32(TABLE), get32(TABLE + 12),
+           get32(TABLE + 16), stale);
+}
+
+static void case_encoders(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM, TABLE);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_count(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, 0, NULL);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_short(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM - 1, TABLE);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_huge(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, 0xFFFFFFFF, TABLE);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_null_counted(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM, NULL);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_unmapped(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM, TABLE);
+    munmap(TABLE, TABLE_SIZE);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_half_mapped(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM, TABLE);
+    munmap(TABLE + TABLE_SIZE - PAGE, PAGE);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_readonly(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM, TABLE);
+    mprotect(TABLE + PAGE, PAGE, PROT_READ);
+    say_encoders(gpu, place);
+}
+
+static void case_encoders_kernel(struct gpu *gpu, struct place *place)
+{
+    ask_encoders(gpu, place, TABLE_ROOM, (const uint8_t *)0xFFFFFFFFFFFFF000);
+    say_encoders(gpu, place);
+}
+
+static void *thread_table_protector(void *argument)
+{
+    char byte;
+
+    (void)argument;
+    if (read(0, &byte, 1) == 1)
+        mprotect(TABLE, PAGE, PROT_READ);
+    return NULL;
+}
+
+static void case_encoders_protected_while_pending(struct gpu *gpu, struct place *place)
+{
+    pthread_t thread;
+
+    ask_encoders(gpu, place, TABLE_ROOM, TABLE);
+    if (pthread_create(&thread, NULL, thread_table_protector, NULL))
+        die("pthread_create");
+    printf("up\n");
+    fflush(stdout);
+    say_encoders(gpu, place);
+    fflush(stdout);
+    pthread_join(thread, NULL);
+}
+
 struct named_case {
     const char *name;
     void (*run)(struct gpu *gpu, struct place *place);
@@ -831,6 +951,16 @@ static const struct named_case CASES[] = {
     CASE(protected_while_pending),
     CASE(replaced_while_pending),
     CASE(info),
+    CASE(encoders),
+    CASE(encoders_count),
+    CASE(encoders_short),
+    CASE(encoders_huge),
+    CASE(encoders_null_counted),
+    CASE(encoders_unmapped),
+    CASE(encoders_half_mapped),
+    CASE(encoders_readonly),
+    CASE(encoders_kernel),
+    CASE(encoders_protected_while_pending),
 };
 
 int main(int argc, char **argv)

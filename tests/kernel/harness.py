@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpu_notify.notify.monitor import Channel, Monitor, identify
-from mpu_notify.notify.protocol import Begun, Cause, Message, Outcome, Request, Step
+from mpu_notify.notify.protocol import Begun, Cause, Message, Outcome, Performed, Request, Step
 from mpu_notify.supervisor.service import MONITORED
 
 SECONDS = 20.0
@@ -130,6 +130,11 @@ class ScriptedChannel:
     def request(self) -> Request:
         message = self.next()
         assert isinstance(message, Request), message
+        return message
+
+    def performed(self) -> Performed:
+        message = self.next()
+        assert isinstance(message, Performed), message
         return message
 
     def up_to(self, step: Step) -> Request:

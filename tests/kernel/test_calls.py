@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mpu_notify.rm.abi import NVENC_SW_SESSION
+from mpu_notify.rm.client import RmClient
+
 from .conftest import StartStandIn
 
 REFUSED = [
@@ -41,6 +44,13 @@ REFUSED = [
     "xfer_null",
     "xfer_high_cmd",
     "x32",
+    "encoders_short",
+    "encoders_huge",
+    "encoders_null_counted",
+    "encoders_unmapped",
+    "encoders_half_mapped",
+    "encoders_readonly",
+    "encoders_kernel",
 ]
 
 TRANSLATED = [
@@ -99,6 +109,20 @@ def test_on_a_native_driver_we_answer_what_the_driver_does(
     # behind an init, as in `run`, so that the numbers are the same
     init = ["sh", "-c", '"$@"; exit $?', "sh"]
     assert aided(node, caller_program, node.parent, case) == unaided(*init, caller_program, node.parent, case)
+
+
+def test_a_table_behind_a_pointer_is_translated(standin: StartStandIn, caller_program: Path) -> None:
+    node = standin("--era", "host").control_node
+    assert aided(node, caller_program, node.parent, "encoders") == "encoders=1 pid=2 codec=0 width=1920 stale=0\n"
+
+
+def test_without_a_table_only_what_is_visible_is_counted(standin: StartStandIn, caller_program: Path) -> None:
+    driver = standin("--era", "host")
+    with RmClient(driver.control_node) as other:
+        other.alloc(other.gpus()[0].device, NVENC_SW_SESSION)
+        node = driver.control_node
+        assert unaided(caller_program, node.parent, "encoders_count").startswith("encoders=2 ")
+        assert aided(node, caller_program, node.parent, "encoders_count").startswith("encoders=1 ")
 
 
 def test_pid_info_gives_the_caller_its_own_numbers_back(standin: StartStandIn, caller_program: Path) -> None:

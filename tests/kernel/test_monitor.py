@@ -18,14 +18,16 @@ import pytest
 
 from mpu_notify.notify import protocol
 from mpu_notify.notify.monitor import PROGRAM, Monitor, MonitorError, identify
-from mpu_notify.notify.protocol import Cause, Ended, Request, Step
+from mpu_notify.notify.protocol import Cause, Ended, Outcome, Performed, Request, Step
 from mpu_notify.rm.controls import GPU_PID_INFO, GPU_PIDS, NVENC_SESSIONS
 from mpu_notify.supervisor.service import MONITORED
 
 from .conftest import StartStandIn
+from .crowd import Node, crowd
 from .harness import (
     SECONDS,
     Caller,
+    ScriptedChannel,
     ScriptedSupervisor,
     caller_host_pid,
     eventually,
@@ -40,7 +42,8 @@ from .harness import (
 class Scene:
     """A caller that asks on demand, before a supervisor that is the test."""
 
-    def __init__(self, caller: Caller, supervisor: ScriptedSupervisor) -> None:
+    def __init__(self, caller: Caller, supervisor: ScriptedSupervisor, node: Path = Path("/nowhere")) -> None:
+        self.node = node
         self.caller = caller
         self.supervisor = supervisor
         self.channel = supervisor.attach(caller)
@@ -79,7 +82,7 @@ def scene(request: pytest.FixtureRequest, standin: StartStandIn, caller_program:
         scripted_supervisor(node, silence_ms=300, kernel=request.param) as supervisor,
         under_filter(caller_program, node.parent, "on_demand") as caller,
     ):
-        yield Scene(caller, supervisor)
+        yield Scene(caller, supervisor, node)
 
 
 def listed(pids: list[int]) -> bytes:
@@ -370,6 +373,134 @@ def test_memory_that_is_protected_during_the_call_is_not_written_through(
         channel.pass_on(request)
         assert caller.line().startswith("ret=-1 errno=14")
         assert channel.outcome() is Cause.MEMORY_UNWRITABLE
+
+
+def test_a_table_that_is_protected_during_the_call_is_not_written_through(
+    standin: StartStandIn, caller_program: Path
+) -> None:
+    node = standin().control_node
+    with (
+        scripted_supervisor(node) as supervisor,
+        under_filter(caller_program, node.parent, "encoders_protected_while_pending") as caller,
+    ):
+        channel = supervisor.attach(caller)
+        caller.go()
+        assert caller.line() == "up"
+        request = channel.up_to(Step.OUT)
+        assert len(request.params) == 16 + 512 * 32, "the table follows its params"
+        assert struct.unpack_from("<I", request.params, 16) == (caller_host_pid(caller),)
+        assert struct.unpack_from("<Q", request.params, 8) == (0x30000000,), "the caller's pointer, not the monitor's"
+        caller.poke()
+        maps = Path(f"/proc/{caller_host_pid(caller)}/maps")
+        protected = re.compile(r"^30000000-\w+ r--p", re.MULTILINE)
+        eventually(lambda: protected.search(maps.read_text()) is not None, "the table is protected")
+        channel.pass_on(request)
+        assert caller.line().startswith("ret=0 errno=0 status=0x1e"), "the driver's own word"
+        assert channel.outcome() is Cause.MEMORY_UNWRITABLE
+
+
+LIST_ALL = struct.pack("<II", 0, 0x2080).ljust(GPU_PIDS.size, b"\0")
+
+
+@pytest.mark.parametrize("what", ["x", "i"])
+def test_one_more_control_is_performed_before_the_answer(scene: Scene, what: str) -> None:
+    request = scene.ask(what, Step.OUT)
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    scene.channel.channel.perform(request, GPU_PIDS.cmd, LIST_ALL)
+    performed = scene.channel.performed()
+    assert (performed.cmd, performed.status, len(performed.params)) == (GPU_PIDS.cmd, 0, GPU_PIDS.size)
+    assert before <= performed.begun_ns <= time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    assert GPU_PIDS.table.pids(performed.params) == [scene.host_pid]
+    scene.channel.channel.answer(performed, request.params)
+    assert scene.caller.line() == scene.what_the_driver_says(what), "of the one more control nothing reaches the caller"
+    assert scene.channel.outcome() is Cause.TRANSLATED
+
+
+def test_one_more_control_that_the_driver_refuses_is_told_and_no_more(scene: Scene) -> None:
+    request = scene.ask("x", Step.OUT)
+    refused = struct.pack("<II", 9, 0x2080).ljust(GPU_PIDS.size, b"\xaa")
+    scene.channel.channel.perform(request, GPU_PIDS.cmd, refused)
+    performed = scene.channel.performed()
+    assert (performed.status, performed.params) == (0x1F, refused)
+    scene.channel.channel.answer(performed, listed([41]))
+    assert scene.caller.line() == "pids= 41"
+
+
+def test_the_call_that_waits_is_none_the_worse_for_another_size(scene: Scene) -> None:
+    """A larger one and a smaller one, one after the other, before the params that were sent first."""
+    request = scene.ask("x", Step.OUT)
+    info = struct.pack("<IIII", 1, 0, scene.host_pid, 0).ljust(GPU_PID_INFO.size, b"\0")
+    scene.channel.channel.perform(request, GPU_PID_INFO.cmd, info)
+    performed = scene.channel.performed()
+    assert GPU_PID_INFO.table.pids(performed.params) == [scene.host_pid]
+    scene.channel.channel.perform(performed, GPU_PIDS.cmd, LIST_ALL)
+    scene.channel.channel.answer(scene.channel.performed(), listed([41, 42]))
+    assert scene.caller.line() == "pids= 41 42"
+
+
+def test_more_controls_than_a_call_may_have_are_nonsense(scene: Scene) -> None:
+    request: Request | Performed = scene.ask("x", Step.OUT)
+    for _ in range(protocol.MAX_PERFORMED):
+        scene.channel.channel.perform(request, GPU_PIDS.cmd, LIST_ALL)
+        request = scene.channel.performed()
+    scene.channel.channel.perform(request, GPU_PIDS.cmd, LIST_ALL)
+    assert scene.caller.line() == scene.what_the_driver_says("x")
+    eventually(lambda: scene.channel.channel.receive() is None, "the monitor hung up")
+
+
+def test_a_supervisor_that_is_silent_after_one_more_control_is_not_waited_for(scene: Scene) -> None:
+    request = scene.ask("i", Step.IN)
+    scene.channel.channel.perform(request, GPU_PIDS.cmd, LIST_ALL)
+    scene.channel.performed()
+    assert scene.caller.line() == scene.what_the_driver_says("i")
+    assert scene.channel.outcome() is Cause.SUPERVISOR_SILENT
+
+
+def test_a_caller_that_is_killed_before_one_more_control_harms_nobody(scene: Scene) -> None:
+    request = scene.ask("x", Step.OUT)
+    kill_and_wait_for(scene.host_pid)
+    scene.channel.channel.perform(request, GPU_PIDS.cmd, LIST_ALL)
+    assert scene.channel.outcome() in (Cause.CALLER_GONE, Cause.FILE_UNAVAILABLE)
+    assert isinstance(scene.channel.next(), Ended)
+
+
+def test_a_new_configuration_is_that_of_the_next_call(scene: Scene) -> None:
+    device = identify(scene.node)
+    scene.supervisor.monitor.reconfigure(device, [row for row in MONITORED if row.cmd == GPU_PID_INFO.cmd])
+
+    def is_left_alone() -> bool:
+        scene.caller.poke("x")
+        asked = scene.channel.readable(0.1)
+        if asked:
+            scene.channel.pass_all_on()
+        assert scene.caller.line() == scene.what_the_driver_says("x")
+        return not asked
+
+    eventually(is_left_alone, "the list is not in the table any more")
+    scene.channel.pass_on(scene.ask("i", Step.OUT))
+    assert scene.caller.line() == scene.what_the_driver_says("i")
+
+
+def test_an_unknown_size_is_told_once_for_each_control(standin: StartStandIn) -> None:
+    driver = standin()
+    with scripted_supervisor(driver.control_node) as supervisor, crowd(driver.control_node, [Node("one")]) as people:
+        listener = people["one"].listener()
+        supervisor.monitor.attach(listener, b"{}")
+        os.close(listener)
+        arrival = supervisor.monitor.receive()
+        assert arrival is not None
+        people["one"].say(do="prepare")
+        for cmd, size in ((0x2080018D, 3816), (0x2080018D, 3816), (0x20802096, 60000), (0x2080018D, 3820)):
+            status, params, _ = people["one"].ask("subdevice", cmd, b"\xaa" * size)
+            assert (status, params) == (0x1F, b"\xaa" * size), "the driver's own word"
+        channel = ScriptedChannel(arrival.channel)
+        for cmd, size in ((0x2080018D, 3816), (0x20802096, 60000)):
+            told = channel.next()
+            assert isinstance(told, Outcome)
+            assert (told.cmd, told.size, told.cause) == (cmd, size, Cause.SIZE_UNKNOWN)
+    ended = channel.next()
+    assert isinstance(ended, Ended)
+    assert ended.causes[Cause.SIZE_UNKNOWN] == 4, "and counted always"
 
 
 def test_a_monitor_out_of_fds_refuses_a_listener_and_serves_the_others(scene: Scene) -> None:
