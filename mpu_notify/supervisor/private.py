@@ -56,7 +56,9 @@ def _run(handover: socket.socket, watch: Watch, device: Device, name: str, silen
     try:
         with monitor:
             handover.send(SERVED)
-            supervisor = Supervisor(monitor, watch=watch, reconnect=lambda lost: _another(lost, watch, device, silence_ms))
+            supervisor = Supervisor(
+                monitor, watch=watch, reconnect=lambda lost: _another(lost, watch, device, silence_ms)
+            )
             if not _take_listener(handover, supervisor, name):
                 return 1
             supervisor.serve_until_idle()

@@ -229,9 +229,10 @@ class Supervisor:
         message = channel.receive()
         if isinstance(message, Request):
             container.steps = self._translate(container, message)
-            self._go_on(container, message, None)
+            self._go_on(container, channel, message, None)
         elif isinstance(message, Performed):
-            self._go_on(container, message, Told(None if message.status else message.params, message.begun_ns))
+            told = Told(None if message.status else message.params, message.begun_ns)
+            self._go_on(container, channel, message, told)
         elif isinstance(message, Begun):
             container.forget_call()
             container.view = self._guarded(container, lambda: self._open_view(message.tid))
@@ -253,14 +254,14 @@ class Supervisor:
             event(log, logging.ERROR, "cannot translate", container=container.name, reason=str(error))
         return None
 
-    def _go_on(self, container: Container, message: Request | Performed, told: Told | None) -> None:
+    def _go_on(self, container: Container, channel: Channel, message: Request | Performed, told: Told | None) -> None:
         """Do the next step of a call's translation, up to its answer or what must be performed before."""
         step = self._guarded(container, lambda: _next(container.steps, told))
         if isinstance(step, Ask):
-            container.channel.perform(message, step.control.cmd, step.params)
+            channel.perform(message, step.control.cmd, step.params)
         else:
             container.steps = None
-            container.channel.answer(message, step)
+            channel.answer(message, step)
 
     def _translate(self, container: Container, request: Request) -> Steps[bytes | None]:
         control = _ROWS[request.cmd, len(request.params)]
