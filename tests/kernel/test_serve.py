@@ -137,6 +137,24 @@ def test_a_container_that_attaches_sees_its_own_pids(daemon: Daemon, caller: Cal
     assert daemon.says("container=one")
 
 
+def test_what_a_native_driver_gets_right_is_left_to_it(
+    tmp_path: Path, standin: StartStandIn, caller_program: Path
+) -> None:
+    daemon = Daemon(tmp_path, standin("--era", "native").control_node)
+    try:
+        with under_filter(caller_program, daemon.node.parent, "on_demand") as caller:
+            daemon.attach(caller)
+            up(caller)
+            caller.poke("i")
+            assert caller.line() == "pid=1 result=0x0 private=0"
+            assert ask(caller) == "pids= 1"
+            eventually(lambda: daemon.says("control=GPU_GET_PIDS"), "the list is translated")
+            assert daemon.says("era=native")
+            assert not daemon.says("GPU_GET_PID_INFO")
+    finally:
+        daemon.end()
+
+
 def test_a_container_is_known_by_our_metadata(daemon: Daemon, caller: Caller) -> None:
     metadata = json.dumps({"container": "blue", "route": "shim"})
     daemon.send(json.dumps({**STATE, "metadata": metadata}).encode(), caller.listener)

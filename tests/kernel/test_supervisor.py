@@ -15,7 +15,9 @@ import pytest
 from mpu_notify.notify.monitor import Monitor, identify
 from mpu_notify.pidns import PidView, open_view
 from mpu_notify.pidns.views import namespace_of
-from mpu_notify.supervisor.service import MONITORED, Supervisor
+from mpu_notify.rm.eras import Era
+from mpu_notify.supervisor.driver import Finding, How, Places, Watch, find, look, write
+from mpu_notify.supervisor.service import MONITORED, Supervisor, monitored
 
 from .conftest import StartStandIn
 from .harness import Caller, caller_host_pid, eventually, kill_and_wait_for, under_filter
@@ -97,6 +99,49 @@ def scene(standin: StartStandIn, caller_program: Path) -> Iterator[Scene]:
         gpu_user(node, caller_host_pid(caller)) as host_pid,
     ):
         yield Scene(node, caller, host_pid)
+
+
+def test_another_driver_is_seen_when_a_container_comes(
+    standin: StartStandIn, caller_program: Path, tmp_path: Path
+) -> None:
+    """Nothing was known of the driver; then somebody asked it, and it needs no help with GPU_GET_PID_INFO."""
+    node = standin("--era", "native").control_node
+    places = Places(tmp_path / "version", tmp_path / "era.json")
+    watch = Watch(node, "auto", find(node, places), places)
+    supervised: list[int] = []
+
+    def view(tid: int) -> PidView:
+        supervised.append(tid)
+        return open_view(tid)
+
+    def asks_about_itself(caller: Caller) -> bool:
+        """Whether that was supervised; right it is in any case."""
+        before = len(supervised)
+        caller.poke("i")
+        assert caller.line() == "pid=1 result=0x0 private=0"
+        return len(supervised) > before
+
+    with Monitor.start(identify(node), map(monitored, watch.treatment.rows)) as monitor:
+        supervisor = Supervisor(monitor, view, watch)
+        with (
+            under_filter(caller_program, node.parent, "on_demand") as early,
+            under_filter(caller_program, node.parent, "on_demand") as late,
+        ):
+            supervisor.attach("early", early.listener)
+            thread = threading.Thread(target=supervisor.serve_until_idle)
+            thread.start()
+            early.go()
+            assert early.line() == "up"
+            assert asks_about_itself(early)
+            write(Finding(look(node, places), Era.NATIVE, How.ASKED), places.era_file)
+            monitor.attach(late.listener, b"{}")
+            late.go()
+            assert late.line() == "up"
+            eventually(lambda: not asks_about_itself(late), "the driver is left to itself")
+            assert not asks_about_itself(early), "for the others, too"
+            early.end()
+            late.end()
+            thread.join()
 
 
 def test_both_processes_of_the_namespace_are_listed(scene: Scene) -> None:

@@ -267,6 +267,188 @@ def test_native_era_tells_what_the_caller_can_see() -> None:
     assert innermost.info(1) == (0, 3 << 20)
 
 
+def threaded(driver: Driver) -> tuple[Session, Session, Session]:
+    """On the host; in a namespace, with a client by its first thread and one by another; and beside the first again."""
+    host = Session(driver, FakeTask())
+    numbers = ((INNER, 6), (HOST, 600))
+    first = Session(driver, FakeTask(600, numbers))
+    other = Session(driver, FakeTask(600, numbers, thread_numbers=((INNER, 8), (HOST, 608))))
+    for number, each in enumerate((host, first, other), start=1):
+        each.compute(number << 20)
+    return host, first, other
+
+
+@pytest.mark.parametrize("era", [Era.THREAD_LIST, Era.THREAD_BOTH, Era.THREAD_ALL])
+def test_thread_eras_list_the_threads_that_made_a_client(era: Era) -> None:
+    host, inner, _ = threaded(Driver(Options(era)))
+    assert inner.pids(HOPPER.compute) == [6, 8]
+    assert host.pids(HOPPER.compute) == [500, 600], "the host's id of a process tells a repeat only there"
+
+
+def test_the_thread_list_era_is_asked_about_host_pids() -> None:
+    _, inner, _ = threaded(Driver(Options(Era.THREAD_LIST)))
+    assert inner.info(600) == (0, 5 << 20)
+    assert inner.info(6) == inner.info(8) == (0, 0), "what it listed has no memory"
+
+
+@pytest.mark.parametrize("era", [Era.THREAD_BOTH, Era.THREAD_ALL])
+def test_the_later_thread_eras_are_asked_about_threads(era: Era) -> None:
+    host, inner, _ = threaded(Driver(Options(era)))
+    assert (inner.info(6), inner.info(8), inner.info(600)) == ((0, 2 << 20), (0, 3 << 20), (0, 0))
+    assert (host.info(600), host.info(608)) == ((0, 2 << 20), (0, 3 << 20))
+
+
+def test_a_native_driver_lists_a_process_with_two_clients_twice_in_a_namespace() -> None:
+    host, inner, _ = threaded(Driver(Options(Era.NATIVE)))
+    assert inner.pids(HOPPER.compute) == [6, 6]
+    assert host.pids(HOPPER.compute) == [500, 600]
+
+
+def test_a_native_driver_never_lists_a_process_whose_host_pid_was_listed_for_another() -> None:
+    driver = Driver(Options(Era.NATIVE))
+    early = Session(driver, FakeTask(900, ((INNER, 77), (HOST, 900))))
+    unlucky = Session(driver, FakeTask(77, ((INNER, 5), (HOST, 77))))
+    early.compute()
+    unlucky.compute()
+    assert early.pids(HOPPER.compute) == [77]
+
+
+SAMPLES, ACCOUNT, ACCOUNTED, ENCODERS, ENCODERS_2 = 0x20802096, 0xB03, 0xB04, 0x2080016E, 0x208001AF
+CAPTURES, RESERVE, RESERVATION = 0x2080017C, 0x90CC0101, 0x90CC0103
+GPU_ID = 6
+
+
+def sampled(session: Session) -> set[tuple[int, bool]]:
+    """Process ids of the frame buffer's samples, and whether each has a kernel address."""
+    params = struct.pack("<4I", 2, 72 * 776, 0, 0).ljust(55888, b"\xee")
+    assert session.control(SUBDEVICE, SAMPLES, params) == 0
+    found = (struct.unpack_from("<I108xQ", session.params(), 32 + 776 * index) for index in range(72))
+    return {(pid, address != 0) for pid, address in found if pid != 0xFFFFFFFF}
+
+
+@pytest.mark.parametrize(
+    ("era", "on_host", "inside"),
+    [
+        (Era.HOST, {(500, False), (600, False)}, {(500, False), (600, False)}),
+        (Era.THREAD_LIST, {(500, False), (600, False)}, {(500, False), (600, False)}),
+        (Era.THREAD_BOTH, {(500, False), (600, False)}, {(500, False), (600, False)}),
+        (Era.THREAD_ALL, {(500, False), (608, False)}, {(500, True), (8, False)}),
+        (Era.NATIVE, {(500, True), (600, True)}, {(500, True), (6, False)}),
+    ],
+)
+def test_utilisation_samples_by_era(era: Era, on_host: set[tuple[int, bool]], inside: set[tuple[int, bool]]) -> None:
+    host, inner, _ = threaded(Driver(Options(era)))
+    assert sampled(host) == on_host
+    assert sampled(inner) == inside, "of a process outside the host's PID and the kernel's address"
+
+
+def test_samples_want_no_more_room_than_there_is(session: Session) -> None:
+    session.compute()
+    params = struct.pack("<4I", 2, 72 * 776 + 1, 0, 0).ljust(55888, b"\0")
+    assert session.control(SUBDEVICE, SAMPLES, params) == Status.BUFFER_TOO_SMALL
+
+
+def accounted(session: Session) -> list[int]:
+    assert session.control(session.client, ACCOUNTED, struct.pack("<I", GPU_ID).ljust(16012, b"\0")) == 0
+    (count,) = struct.unpack_from("<I", session.params(), 16008)
+    return list(struct.unpack_from(f"<{count}I", session.params(), 8))
+
+
+def account(session: Session, pid: int) -> tuple[int, int] | int:
+    """The process id that comes back and the most memory; or the status."""
+    status = session.control(session.client, ACCOUNT, struct.pack("<II", GPU_ID, pid).ljust(48, b"\0"))
+    return status or struct.unpack_from("<4xI16xQ", session.params())
+
+
+@pytest.mark.parametrize(
+    ("era", "on_host", "inside"),
+    [
+        (Era.HOST, [500, 600, 700], [500, 600, 700]),
+        (Era.THREAD_LIST, [500, 600, 700], [500, 600, 700]),
+        (Era.THREAD_BOTH, [500, 600, 700], [500, 600, 700]),
+        (Era.THREAD_ALL, [500, 600, 700], [6]),
+        (Era.NATIVE, [500, 600, 700], [500, 600]),
+    ],
+)
+def test_accounted_processes_by_era(era: Era, on_host: list[int], inside: list[int]) -> None:
+    """700 is dead."""
+    driver = Driver(Options(era))
+    host, inner, _ = threaded(driver)
+    dead = Session(driver, FakeTask(700, ((INNER, 7), (HOST, 700))))
+    dead.compute(9 << 20)
+    dead.file.release()
+    assert accounted(host) == on_host
+    assert accounted(inner) == inside
+    assert account(host, 700) == (700, 9 << 20)
+    assert account(host, 701) == Status.OBJECT_NOT_FOUND
+
+
+@pytest.mark.parametrize("era", Era)
+def test_an_account_comes_back_with_the_host_pid(era: Era) -> None:
+    _, inner, _ = threaded(Driver(Options(era)))
+    assert account(inner, 600) == (600, 5 << 20)
+    knows_namespaces = era in (Era.THREAD_ALL, Era.NATIVE)
+    assert account(inner, 6) == ((600, 5 << 20) if knows_namespaces else Status.OBJECT_NOT_FOUND)
+
+
+def encoding(session: Session) -> None:
+    assert session.alloc(session.client, DEVICE, 0, abi.NVENC_SW_SESSION)[0] == 0
+    assert session.alloc(session.client, DEVICE, 0, abi.NVFBC_SW_SESSION)[0] == 0
+    assert session.alloc(session.client, SUBDEVICE, 0x77, abi.PROFILER)[0] == 0
+
+
+@pytest.mark.parametrize("era", Era)
+def test_sessions_and_reservations_have_host_pids_in_every_era(era: Era) -> None:
+    driver = Driver(Options(era))
+    _, inner, _ = threaded(driver)
+    encoding(inner)
+    for cmd, size in ((ENCODERS_2, 16388), (CAPTURES, 13316)):
+        assert inner.control(SUBDEVICE, cmd, bytes(size)) == 0
+        assert struct.unpack_from("<II", inner.params()) == (1, 600)
+    assert inner.control(0x77, RESERVATION, bytes(12)) == 0
+    assert struct.unpack("<III", inner.params()) == (0, 0, 0)
+    assert inner.control(0x77, RESERVE, b"\0") == 0
+    assert inner.control(0x77, RESERVE, b"\0") == Status.INSUFFICIENT_RESOURCES
+    assert inner.control(0x77, RESERVATION, bytes(12)) == 0
+    assert struct.unpack("<III", inner.params()) == (1, 600, 0)
+    assert inner.free(0x77) == 0
+    inner.file.release()
+    assert not driver.gpus[0].sessions
+    assert driver.gpus[0].reservation is None
+
+
+@pytest.mark.parametrize(
+    ("count", "address", "status"),
+    [
+        (512, 0x5000, 0),
+        (0, 0, 0),
+        (512, 0, 0x1F),
+        (1, 0, 0x1F),
+        (511, 0x5000, 0x1F),
+        (0, 0x5000, 0x1F),
+        (512, 0x6000, 0x1E),
+    ],
+)
+def test_the_encoders_table_is_behind_a_pointer(driver: Driver, count: int, address: int, status: int) -> None:
+    session = Session(driver, FakeTask())
+    session.compute()
+    encoding(session)
+    session.task.pages[0x5000] = bytearray(b"\xee" * 16384)
+    assert session.control(SUBDEVICE, ENCODERS, struct.pack("<IIQ", count, 0, address)) == status
+    if status == 0:
+        assert session.params() == struct.pack("<IIQ", 1, 0, address)
+    if status == 0 and address:
+        assert session.task.pages[0x5000][:4] == struct.pack("<I", 500)
+        assert not any(session.task.pages[0x5000][32:])
+
+
+def test_without_encoders_their_room_does_not_matter(session: Session) -> None:
+    session.compute()
+    session.task.pages[0x5000] = bytearray(16384)
+    assert session.control(SUBDEVICE, ENCODERS, struct.pack("<IIQ", 3, 0, 0x5000)) == 0
+    assert session.params() == struct.pack("<IIQ", 0, 0, 0x5000)
+
+
 # ---------------------------------------------------------------------------- GET_PID_INFO
 
 
