@@ -336,7 +336,7 @@ def pack_words(words: Sequence[int]) -> bytes:
 
 def unpack_words(raw: bytes | bytearray) -> list[int]:
     """The u32 of a C array."""
-    return [fields[0] for fields in U32.iter_unpack(raw)]
+    return list(struct.unpack(f"<{len(raw) // U32.size}I", raw))
 
 
 #: ctrl0080gpu.h NV0080_CTRL_GPU_GET_CLASSLIST_V2_PARAMS of 580: count u32 @0, u32[200] @4. Shorter before.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from mpu_notify.rm.abi import U32, U64
+from mpu_notify.rm.abi import U32, U64, pack_words, unpack_words
 
 _ASKED_BYTES = 8  # of an entry that is asked about: pid and index, which the caller gave
 _RESULT_BYTES = 16  # of the same: pid, index and result, and 4 bytes of padding
@@ -39,7 +39,7 @@ class PidTable:
     capacity: int
     pid: int = 0  # where in an entry its process id is
     size: int = 0  # of an entry, where that is less than the stride; 0: the stride
-    unique: bool = False  # an entry is a process id and nothing else, so a second one says nothing
+    unique: bool = False  # the only table; an entry is a process id and nothing else, so a second one says nothing
     invalid: int = 0  # what the field says where there is no process
     kernel_address: int | None = None  # where in an entry is a u64 that is not for a caller's eyes
     counters: int = 0  # of an entry that is asked about: how many u64 there are behind its result
@@ -50,8 +50,15 @@ class PidTable:
         count = self.capacity if self.count is None else U32.unpack_from(params, self.count)[0]
         if count > self.capacity:
             return None
+        if self.stride == U32.size:
+            return unpack_words(params[self.entries : self.entries + self.stride * count])
         first = self.entries + self.pid
         return [U32.unpack_from(params, first + self.stride * index)[0] for index in range(count)]
+
+    @property
+    def nobody(self) -> frozenset[int]:
+        """What an entry may say in the place of a process id."""
+        return frozenset({0, self.invalid}) if self.count is None else frozenset()
 
     def put(self, params: bytearray, index: int, pid: int) -> None:
         """Write one entry's process id; the count and the rest of the entry stay."""
@@ -109,9 +116,12 @@ class PidTable:
     def replace(self, params: bytearray, pids: Sequence[int]) -> None:
         """Make the table exactly this list: ids, count, and zeros up to the table's end."""
         end = self.entries + self.stride * self.capacity
-        params[self.entries : end] = bytes(end - self.entries)
-        for index, pid in enumerate(pids):
-            self.put(params, index, pid)
+        if self.stride == U32.size:
+            params[self.entries : end] = pack_words(pids).ljust(end - self.entries, b"\0")
+        else:
+            params[self.entries : end] = bytes(end - self.entries)
+            for index, pid in enumerate(pids):
+                self.put(params, index, pid)
         if self.count is not None:
             U32.pack_into(params, self.count, len(pids))
 

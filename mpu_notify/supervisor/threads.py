@@ -50,7 +50,7 @@ def find(asked: Translated, view: Pids) -> Steps[Threads | None]:
         return None
     processes = {pid: host for pid, host in zip(asked.before, asked.after, strict=True) if host not in (0, UNKNOWN_PID)}
     of: dict[int, list[int]] = {}
-    for thread, pid in visible_pids(dict.fromkeys(named), view, told.begun_ns).items():
+    for thread, pid in visible_pids(list(dict.fromkeys(named)), view, told.begun_ns).items():
         if processes.get(pid, thread) != thread:
             of.setdefault(pid, []).append(thread)
     return Threads(of, told.begun_ns)

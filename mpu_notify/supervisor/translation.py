@@ -7,7 +7,7 @@ caller gets its own number back. Kernel addresses go to nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from mpu_notify.rm.controls import Control, Direction, PidTable
@@ -77,45 +77,38 @@ def _listed(control: Control, params: bytes, view: Pids, begun_ns: int) -> Trans
     named = [(table, hosts) for table, hosts in tables if hosts is not None]
     if len(named) < len(tables):
         return None
-    before = list(dict.fromkeys(host for table, hosts in named for host in hosts if not _is_nobody(table, host)))
+    nobody = control.table.nobody
+    before = list(dict.fromkeys(host for _, hosts in named for host in hosts if host not in nobody))
     visible = visible_pids(before, view, begun_ns)
+    after = list(dict.fromkeys(visible.values()))
     answer = bytearray(params)
     for table, hosts in named:
-        if table.count is None:
+        if table.unique:
+            table.replace(answer, after)
+        elif table.count is None:
             _put_in_place(table, answer, hosts, visible)
         else:
-            _close_up(table, answer, hosts, visible)
+            table.close_up(answer, {index: visible[host] for index, host in enumerate(hosts) if host in visible})
         table.hide_kernel_addresses(answer)
-    return Translated(bytes(answer), before, list(dict.fromkeys(visible.values())))
+    return Translated(bytes(answer), before, after)
 
 
-def visible_pids(hosts: Iterable[int], view: Pids, begun_ns: int) -> dict[int, int]:
+def visible_pids(hosts: Sequence[int], view: Pids, begun_ns: int) -> dict[int, int]:
     """Of these host ids of processes or threads those of a process in the namespace, with its number there.
 
     begun_ns is CLOCK_BOOTTIME just before the driver named them: what started later is not what it meant.
     """
-    asked = list(hosts)
-    pairs = zip(asked, view.to_views(asked), strict=True)
+    pairs = zip(hosts, view.to_views(hosts), strict=True)
     return {host: pid for host, pid in pairs if pid is not None and view.started_by(host, begun_ns)}
 
 
-def _is_nobody(table: PidTable, host: int) -> bool:
-    return table.count is None and host in (0, table.invalid)
-
-
 def _put_in_place(table: PidTable, answer: bytearray, hosts: Sequence[int], visible: Mapping[int, int]) -> None:
+    nobody = table.nobody
     for index, host in enumerate(hosts):
         if host in visible:
             table.put(answer, index, visible[host])
-        elif not _is_nobody(table, host):
+        elif host not in nobody:
             table.empty(answer, index)
-
-
-def _close_up(table: PidTable, answer: bytearray, hosts: Sequence[int], visible: Mapping[int, int]) -> None:
-    if table.unique:
-        table.replace(answer, list(dict.fromkeys(visible[host] for host in hosts if host in visible)))
-    else:
-        table.close_up(answer, {index: visible[host] for index, host in enumerate(hosts) if host in visible})
 
 
 def _given_back(control: Control, asked: Translated, params: bytes, view: Pids, begun_ns: int) -> Translated | None:
