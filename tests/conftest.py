@@ -8,6 +8,7 @@ from pathlib import Path
 from sysconfig import get_path
 
 import pytest
+from hypothesis import settings
 
 
 def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest's signature
@@ -18,4 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest's 
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long an example takes says something about the machine, not about the code.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
     os.environ["PATH"] = f"{Path(get_path('scripts'))}{os.pathsep}{os.environ['PATH']}"
