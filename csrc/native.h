@@ -8,6 +8,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sched.h>
+#include <stdbool.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -54,9 +55,20 @@ static int mpu_die_with_parent(void)
     return prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) ? -errno : 0;
 }
 
-static int mpu_keep_needed_capabilities(void)
+/* Keep the supervisor's capabilities; where it starts monitors, theirs as well, for them only. */
+static int mpu_keep_needed_capabilities(bool starts_monitors)
 {
-    return mpu_keep_capabilities(MPU_CAPABILITIES_NEEDED);
+    return mpu_split_capabilities(MPU_CAPABILITIES_OF_SUPERVISOR, starts_monitors ? MPU_CAPABILITIES_NEEDED : 0);
+}
+
+/* Put a filter without a listener on the whole calling process. */
+static int mpu_confine(const void *program, unsigned short instructions)
+{
+    struct sock_fprog filter = {.len = instructions, .filter = (struct sock_filter *)program};
+    long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER,
+                          SECCOMP_FILTER_FLAG_SPEC_ALLOW | SECCOMP_FILTER_FLAG_TSYNC, &filter);
+
+    return result < 0 ? -errno : result ? -EBUSY : 0; /* more than 0 is a thread that could not follow */
 }
 
 #endif

@@ -15,6 +15,7 @@
  */
 #include "capabilities.h"
 #include "cleanup.h"
+#include "confine.h"
 #include "handover.h"
 #include "keeper.h"
 #include "monitor.h"
@@ -241,8 +242,10 @@ static int set_up(struct monitor *monitor, const struct options *options)
     struct utsname running;
     int error = mpu_keep_capabilities(MPU_CAPABILITIES_NEEDED);
 
+    if (!error)
+        error = mpu_confine_monitor();
     if (error) {
-        complain("cannot drop capabilities: %s", strerror(-error));
+        complain("cannot give up what it does not need: %s", strerror(-error));
         return error;
     }
     raise_fd_limit();

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpu_notify.cli import options
-from mpu_notify.notify import native
+from mpu_notify.notify import confinement, native
 from mpu_notify.notify.monitor import (
     Monitor,
     MonitorError,
@@ -71,6 +71,11 @@ def register(subparsers: options.Subparsers) -> None:
     parser.add_argument(
         "--listen", metavar="SOCKET", type=Path, help="the agent's socket (default: agent.socket of the configuration)"
     )
+    parser.add_argument(
+        "--no-monitor",
+        action="store_true",
+        help="never start a monitor: the service manager does. The supervisor then keeps fewer rights",
+    )
     options.add_device(parser, "supervisor")
     options.add_translate(parser, "supervisor")
     options.add_answer_timeout(parser, "supervisor")
@@ -88,10 +93,11 @@ def main(args: argparse.Namespace) -> int:
     supervisor: Supervisor | None = None
     try:
         watch = _watch(wanted)
-        monitors = _Monitors(wanted, watch)
+        monitors = _Monitors(wanted, watch, may_start=not args.no_monitor)
         monitor = monitors.first()
         supervisor = Supervisor(monitor, watch=watch, reconnect=monitors.another)
-        native.keep_needed_capabilities()
+        native.keep_needed_capabilities(starts_monitors=not args.no_monitor)
+        native.confine(confinement.build_native(starts_monitors=not args.no_monitor))
         print(f"READY socket={wanted.socket} monitor={monitor.pid} supervisor={os.getpid()}", flush=True)
         _notify_systemd("READY=1")
         supervisor.serve()
@@ -130,11 +136,12 @@ def _watch(wanted: configuration.Configuration) -> Watch:
 class _Monitors:
     """Comes by the monitor: the one that runs, else one that is started, of our version."""
 
-    def __init__(self, wanted: configuration.Configuration, watch: Watch) -> None:
+    def __init__(self, wanted: configuration.Configuration, watch: Watch, *, may_start: bool) -> None:
         self._agent = Path(wanted.socket)
         self._control = self._agent.with_suffix(".control")
         self._device = identify(Path(wanted.device))
         self._watch = watch
+        self._may_start = may_start
         self._silence_ms = max(1, round(wanted.answer_timeout * 1000))
 
     def first(self) -> Monitor:
@@ -144,14 +151,14 @@ class _Monitors:
         except OSError as error:
             raise MonitorError(f"cannot make {self._agent.parent} for the socket: {error.strerror}") from error
         monitor = self._connect()
-        if monitor is None:
+        if monitor is None and self._may_start:
             start_daemon(self._agent, self._control)
             monitor = self._connect()
         return self._found(monitor)
 
     def another(self, lost: Monitor) -> Monitor:
         """After one was lost. Its sockets live on in ours, so those who connect meanwhile wait. Raises MonitorError."""
-        if lost.sockets is not None and not lost.is_kept and not lost.is_alive():
+        if self._may_start and lost.sockets is not None and not lost.is_kept and not lost.is_alive():
             start_daemon_on(lost.sockets)
         return self._found(self._connect())
 
@@ -159,7 +166,7 @@ class _Monitors:
         try:
             return self._connect_once()
         except OtherVersionError as error:
-            if error.is_kept:
+            if error.is_kept or not self._may_start:
                 raise
         replace_daemon(self._control)
         return self._connect_once()
@@ -171,7 +178,8 @@ class _Monitors:
 
     def _found(self, monitor: Monitor | None) -> Monitor:
         if monitor is None:
-            raise MonitorError(f"no monitor listens on {self._control}")
+            why = "" if self._may_start else ", and --no-monitor says not to start one"
+            raise MonitorError(f"no monitor listens on {self._control}{why}")
         return monitor
 
 

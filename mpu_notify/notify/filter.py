@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from mpu_notify.errors import MpuNotifyError
 from mpu_notify.notify import native
@@ -36,6 +37,18 @@ class LibseccompError(MpuNotifyError):
     """The library that builds filters cannot be loaded."""
 
 
+def import_libseccomp() -> Any:
+    """The module pyseccomp. Raises LibseccompError.
+
+    It loads libseccomp.so.2, which processes that only look at a GPU do not need, and starts helper processes for that.
+    """
+    try:
+        import pyseccomp  # noqa: PLC0415
+    except (ImportError, OSError, RuntimeError) as error:
+        raise LibseccompError(f"cannot load libseccomp.so.2 (Debian's package libseccomp2): {error}") from error
+    return pyseccomp
+
+
 def build(machine: str) -> bytes:
     """The filter as struct sock_filter[] for a machine as `uname -m` names it.
 
@@ -45,12 +58,7 @@ def build(machine: str) -> bytes:
         raise UnsupportedMachineError(
             f"no seccomp filter for machine {machine!r}: mpu-notify knows {', '.join(MACHINES)}"
         )
-    try:
-        # Loads libseccomp.so.2, which processes that only look at a GPU do not need.
-        import pyseccomp as seccomp  # noqa: PLC0415
-    except (ImportError, OSError, RuntimeError) as error:
-        raise LibseccompError(f"cannot load libseccomp.so.2 (Debian's package libseccomp2): {error}") from error
-
+    seccomp = import_libseccomp()
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
     rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.ALLOW)
     rules.remove_arch(seccomp.Arch.NATIVE)

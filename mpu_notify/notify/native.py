@@ -58,6 +58,15 @@ def die_with_parent() -> None:
     _checked(lib.mpu_die_with_parent(), "set the parent death signal")
 
 
-def keep_needed_capabilities() -> None:
-    """Drop every capability but those that looking at a caller needs; exec gains none back."""
-    _checked(lib.mpu_keep_needed_capabilities(), "drop capabilities")
+def keep_needed_capabilities(*, starts_monitors: bool = True) -> None:
+    """Drop every capability but those that the supervisor needs, and those that monitors which it starts need.
+
+    The latter are not in effect here. Exec gains none back.
+    """
+    _checked(lib.mpu_keep_needed_capabilities(starts_monitors), "drop capabilities")
+
+
+def confine(program: bytes) -> None:
+    """Put a seccomp filter without a listener on this process, all its threads and what it becomes."""
+    count = len(program) // INSTRUCTION_BYTES
+    _checked(lib.mpu_confine(program, count), "install the supervisor's own seccomp filter")

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 
-from mpu_notify.notify import native
+from mpu_notify.notify import confinement, native
 from mpu_notify.notify.monitor import Monitor, MonitorError
 from mpu_notify.notify.process import fork
 from mpu_notify.notify.protocol import Device, ProtocolError
@@ -29,11 +29,12 @@ def start(watch: Watch, device: Device, name: str, silence_ms: int) -> tuple[int
     The listener is sent as the one fd of a packet; the answer is SERVED, or the reason why it is not served. The
     supervisor ends when the last user of the filter is gone. Raises MonitorError where the two did not come up.
     """
+    confined = confinement.build_native(starts_monitors=True)  # here, because that starts helper processes
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def child() -> int:
         ours.close()
-        return _run(theirs, watch, device, name, silence_ms)
+        return _run(theirs, watch, device, name, silence_ms, confined)
 
     pid = fork(child)
     theirs.close()
@@ -45,10 +46,13 @@ def start(watch: Watch, device: Device, name: str, silence_ms: int) -> tuple[int
     return pid, ours
 
 
-def _run(handover: socket.socket, watch: Watch, device: Device, name: str, silence_ms: int) -> int:
+def _run(
+    handover: socket.socket, watch: Watch, device: Device, name: str, silence_ms: int, confined: bytes
+) -> int:
     _detach_from_terminal()
     try:
         native.keep_needed_capabilities()
+        native.confine(confined)
         monitor = Monitor.start(device, map(monitored, watch.treatment.rows), silence_ms)
     except (MonitorError, OSError) as error:
         handover.send(str(error).encode())
