@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The distribution's own Python: one that any user may execute, which the tests as an unprivileged user need.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
-PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv strace util-linux
+PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv strace systemd util-linux
 C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c)
 PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 

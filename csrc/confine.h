@@ -148,11 +148,19 @@ static const struct sock_filter CONFINE_FILTER[] = {
     CONFINE_DENY,
 };
 
+#if defined(__SANITIZE_ADDRESS__)
+#define CONFINE_IS_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CONFINE_IS_SANITIZED 1
+#endif
+#endif
+
 /* Needs no_new_privs. Returns 0 or -errno. */
 static inline int mpu_confine_monitor(void)
 {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    return 0; /* sanitizers trace their own process to look for leaks */
+#ifdef CONFINE_IS_SANITIZED
+    return 0; /* the sanitizer traces its own process to look for leaks */
 #else
     struct sock_fprog program = {.len = sizeof(CONFINE_FILTER) / sizeof(CONFINE_FILTER[0]),
                                  .filter = (struct sock_filter *)(uintptr_t)CONFINE_FILTER};

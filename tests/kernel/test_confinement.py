@@ -15,6 +15,7 @@ import pytest
 
 import mpu_notify
 from mpu_notify.notify import confinement
+from tests import installation
 from tests.unit import bpf
 
 from .harness import SECONDS, compile_c
@@ -195,3 +196,21 @@ def test_put_on_a_process_it_holds() -> None:
     done = subprocess.run([sys.executable, "-c", _TRY], capture_output=True, text=True, check=True, timeout=SECONDS)
     refused = os.strerror(errno.ENOSYS)
     assert done.stdout.splitlines() == [*[refused] * 5, f"-1 {refused}", "done"]
+
+_EXECUTE = """
+import os
+from mpu_notify.notify import native
+native.keep_needed_capabilities(starts_monitors=True)
+os.execv("/bin/cat", ["cat", "/proc/self/status"])
+"""
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+def test_a_monitor_that_is_started_later_has_its_capabilities(user: int) -> None:
+    sets = "-all,+sys_ptrace,+dac_override"
+    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    begin = [*become, f"--inh-caps={sets}", f"--ambient-caps={sets}"] if user else []
+    command = [*begin, "env", f"PYTHONPATH={installation.public_copy()}", installation.PYTHON, "-c", _EXECUTE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS, cwd="/")
+    assert "CapEff:\t0000000000080002\n" in done.stdout
+    assert "CapPrm:\t0000000000080002\n" in done.stdout
