@@ -197,6 +197,7 @@ def test_put_on_a_process_it_holds() -> None:
     refused = os.strerror(errno.ENOSYS)
     assert done.stdout.splitlines() == [*[refused] * 5, f"-1 {refused}", "done"]
 
+
 _EXECUTE = """
 import os
 from mpu_notify.notify import native
