@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     device = identify(node)
     watch = Watch(node, args.translate, find(node))
     forwarding = sandbox.Forwarding.begin()
-    supervisor, handover = private.start(watch, device, f"pid {os.getpid()}", args.answer_timeout_ms)
+    supervisor, handover = private.start(private.Service(watch, device, f"pid {os.getpid()}", args.answer_timeout_ms))
     try:
         status = sandbox.run(command, handover, forwarding)
     except sandbox.CommandError as error:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+from typing import NamedTuple
 
 from mpu_notify.notify import confinement, native
 from mpu_notify.notify.monitor import Monitor, MonitorError
@@ -21,10 +22,21 @@ log = logging.getLogger(__name__)
 _MESSAGE_BYTES = 4096
 
 
-def start(watch: Watch, device: Device, name: str, silence_ms: int) -> tuple[int, socket.socket]:
-    """Fork a supervisor, which starts its monitor; returns its pid and the socket that takes the listener.
+class Service(NamedTuple):
+    """What is to be translated, on which control node, how the log names it, and the monitor's patience."""
 
-    `watch` says what is to be translated.
+    watch: Watch
+    device: Device
+    name: str
+    silence_ms: int
+
+    def start_monitor(self) -> Monitor:
+        """Raises MonitorError."""
+        return Monitor.start(self.device, map(monitored, self.watch.treatment.rows), self.silence_ms)
+
+
+def start(service: Service) -> tuple[int, socket.socket]:
+    """Fork a supervisor, which starts its monitor; returns its pid and the socket that takes the listener.
 
     The listener is sent as the one fd of a packet; the answer is SERVED, or the reason why it is not served. The
     supervisor ends when the last user of the filter is gone. Raises MonitorError where the two did not come up.
@@ -34,7 +46,7 @@ def start(watch: Watch, device: Device, name: str, silence_ms: int) -> tuple[int
 
     def child() -> int:
         ours.close()
-        return _run(theirs, watch, device, name, silence_ms, confined)
+        return _run(theirs, service, confined)
 
     pid = fork(child)
     theirs.close()
@@ -46,28 +58,24 @@ def start(watch: Watch, device: Device, name: str, silence_ms: int) -> tuple[int
     return pid, ours
 
 
-def _run(
-    handover: socket.socket, watch: Watch, device: Device, name: str, silence_ms: int, confined: bytes
-) -> int:
+def _run(handover: socket.socket, service: Service, confined: bytes) -> int:
     _detach_from_terminal()
     try:
         native.keep_needed_capabilities()
         native.confine(confined)
-        monitor = Monitor.start(device, map(monitored, watch.treatment.rows), silence_ms)
+        monitor = service.start_monitor()
     except (MonitorError, OSError) as error:
         handover.send(str(error).encode())
         return 1
     try:
         with monitor:
             handover.send(SERVED)
-            supervisor = Supervisor(
-                monitor, watch=watch, reconnect=lambda lost: _another(lost, watch, device, silence_ms)
-            )
-            if not _take_listener(handover, supervisor, name):
+            supervisor = Supervisor(monitor, watch=service.watch, reconnect=lambda lost: _another(lost, service))
+            if not _take_listener(handover, supervisor, service.name):
                 return 1
             supervisor.serve_until_idle()
     except (MonitorError, ProtocolError, OSError) as error:
-        event(log, logging.ERROR, "supervisor ends", container=name, reason=str(error))
+        event(log, logging.ERROR, "supervisor ends", container=service.name, reason=str(error))
         return 1
     if supervisor.monitor.process is not None:
         supervisor.monitor.close()
@@ -75,10 +83,10 @@ def _run(
     return 0
 
 
-def _another(lost: Monitor, watch: Watch, device: Device, silence_ms: int) -> Monitor:
+def _another(lost: Monitor, service: Service) -> Monitor:
     if lost.process is not None:
         lost.process.poll()  # reap it, if it ended
-    return Monitor.start(device, map(monitored, watch.treatment.rows), silence_ms)
+    return service.start_monitor()
 
 
 def _detach_from_terminal() -> None:

@@ -144,30 +144,42 @@ def ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @contextmanager
-def as_units_do(directory: Path, node: Path, log: Path) -> Iterator[Daemon]:
-    """The monitor as mpu-notify-monitor.service starts it, the supervisor as mpu-notify.service does.
+def units_sockets(directory: Path) -> Iterator[tuple[int, int]]:
+    """Those of mpu-notify-monitor.socket, in its order."""
+    with socket.socket(socket.AF_UNIX) as agent, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+        for one, name in ((agent, "agent.sock"), (control, "agent.control")):
+            one.bind(str(directory / name))
+            (directory / name).chmod(0o600)
+            os.chown(directory / name, USER, USER)
+            one.listen()
+        yield agent.fileno(), control.fileno()
 
-    Nobody here gives the monitor its sockets, so it makes them itself.
-    """
-    agent, control = directory / "agent.sock", directory / "agent.control"
+
+@contextmanager
+def as_units_do(directory: Path, node: Path, log: Path) -> Iterator[Daemon]:
+    """The monitor as mpu-notify-monitor.service starts it, the supervisor as mpu-notify.service does."""
+    agent = directory / "agent.sock"
     daemon = Daemon(agent, node, runtime=[])
-    monitor = [installation.public_copy() / "mpu_notify" / "_bin" / PROGRAM.name, "--listen", agent]
+    program = installation.public_copy() / "mpu_notify" / "_bin" / PROGRAM.name
     name, *arguments = Unit("mpu-notify.service").command
     assert name == "mpu-notify"
     supervisor = [installation.PYTHON, "-m", "mpu_notify.cli.main", *arguments, "--listen", agent, "--device", node]
-    starts = {
-        "mpu-notify-monitor.service": [*monitor, "--control", control],
-        "mpu-notify.service": [*supervisor, "--log-level", "debug"],
-    }
     with ExitStack() as ends:
         output = ends.enter_context(log.open("ab"))
-        for unit, program in starts.items():
-            command = Unit(unit).started_by_hand(program, directory)
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, cwd="/")
+        sockets = ends.enter_context(units_sockets(directory))
+        starts = {
+            "mpu-notify-monitor.service": [program, "--agent-fd", str(sockets[0]), "--control-fd", str(sockets[1])],
+            "mpu-notify.service": [*supervisor, "--log-level", "debug"],
+        }
+        for unit, start in starts.items():
+            command = Unit(unit).started_by_hand(start, directory)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=output, text=True, cwd="/", pass_fds=sockets
+            )
             ends.enter_context(ended(process))
             if unit == "mpu-notify-monitor.service":
-                eventually(lambda: agent.exists() or process.poll() is not None, "the monitor listens")  # noqa: B023
-                assert process.poll() is None, log.read_text()
+                assert process.stdout is not None
+                assert process.stdout.readline() == "READY\n", log.read_text()
         daemon.started(process)
         yield daemon
 
@@ -358,6 +370,6 @@ def test_without_a_monitor_a_supervisor_that_may_not_start_one_says_so(tmp_path:
     command = ["mpu-notify", "serve", "--no-monitor", "--listen", tmp_path / "agent.sock"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"mpu-notify: no monitor listens on {tmp_path}/agent.control, and --no-monitor says not to start one\n"
+    assert done.stderr.splitlines()[-1] == (
+        f"mpu-notify: no monitor listens on {tmp_path}/agent.control, and --no-monitor says not to start one"
     )
