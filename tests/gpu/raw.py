@@ -34,6 +34,12 @@ FOREIGN_SAMPLES = (
     "0. Ours is right: the one is not the namespace's to know, and the other no program's. Samples of the namespace's "
     "own processes are the same in both, time by time."
 )
+#: What both sides are where the driver refuses the question that we put in the place of one about a foreign number.
+LEFT_TO_THE_DRIVER = (
+    "Asked for the account of a number that is not in the namespace, the driver is asked about nobody. It refuses, and "
+    "a refused call goes to it unchanged, so that no program is worse off than without us: the answer is the driver's "
+    "own, to the byte."
+)
 #: Which side is right where a list of the driver's own has host PIDs.
 UNTRANSLATED = (
     "The driver does not translate this list: its own has host PIDs, of the namespace's processes and of others. Ours "
@@ -133,6 +139,8 @@ def _judge_one(ours: Told, drivers: Told, truth: Truth) -> Outcome:
 
 def _judge_hidden(ours: Told, drivers: Told, lines: tuple[list[str], list[str]]) -> Outcome:
     """Asked about a number that is no process of the namespace, but the host PID of another."""
+    if ours.status == drivers.status == 0 and ours.params == drivers.params:
+        return Outcome(Judgement(Verdict.EXPLAINED, LEFT_TO_THE_DRIVER), *lines, translated=False)
     if ours.status == 0:
         why = f"GPU {ours.gpu}, {ours.control:#x}: ours tells about {ours.about}, which is not of this namespace"
         return Outcome(Judgement(Verdict.DIFFERENT, why), *lines, translated=False)

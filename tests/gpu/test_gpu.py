@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import oracle
-from tests.gpu.rows import Verdict
+from tests.gpu.rows import DUPLICATES, Judgement, Verdict
 from tests.gpu.scene import CONTROL_NODE
 
 
@@ -24,8 +24,11 @@ def test_rehearsal_on_the_stand_in(tmp_path: Path) -> None:
     findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=True)
     assert findings.good(), oracle.results_text(findings, real=False)
     assert Counter(one.place for one in findings.comparisons) == {"A": 6, "B": 6, "nested in A": 6}
-    listed = [one for one in findings.comparisons if one.tool.startswith(("mpu-notify ps", "raw GET_PIDS"))]
-    assert {one.judgement.verdict for one in listed} == {Verdict.EQUAL}
+    listed = {(one.tool.split()[0], one.place): one.judgement for one in findings.comparisons}
+    assert {listed["mpu-notify", place].verdict for place in ("A", "B", "nested in A")} == {Verdict.EQUAL}
+    lists = [one for one in findings.comparisons if one.tool.startswith("raw GET_PIDS")]
+    assert {one.judgement for one in lists if one.place == "A"} == {Judgement(Verdict.EXPLAINED, DUPLICATES)}
+    assert {one.judgement.verdict for one in lists if one.place != "A"} == {Verdict.EQUAL}
     told = (tmp_path / "results.md").read_text()
     assert "a rehearsal" in told
     assert "A, both GPUs | 0, 1 | 240 MiB" in told

@@ -412,11 +412,13 @@ def test_accounts_of_processes() -> None:
     assert judged(unknown, account(2, 402)).verdict is Verdict.DIFFERENT
 
 
-def test_accounts_of_processes_elsewhere_are_refused() -> None:
+def test_accounts_of_processes_elsewhere_are_refused_or_the_drivers_own() -> None:
     told = account(440, 440)
     assert judged(refused(told, 0x57), told) == (Verdict.EXPLAINED, rows.FOREIGN)
     assert judged(refused(told, 0x57), refused(told, 0x57)).verdict is Verdict.REFUSED
-    assert judged(told, told).verdict is Verdict.DIFFERENT
+    assert judged(told, told) == (Verdict.EXPLAINED, raw.LEFT_TO_THE_DRIVER)
+    assert judged(told, refused(told, 0x57)).verdict is Verdict.DIFFERENT
+    assert judged(account(440, 441), told).verdict is Verdict.DIFFERENT
 
 
 def test_answers_to_raw_controls_are_read() -> None:
