@@ -203,7 +203,10 @@ class RmAlloc(Structure):
 #: nvos.h NVOS21_PARAMETERS, every version.
 NVOS21_SIZE = 32
 
-#: Size of RM_ALLOC's argument -> offset of its u32 status, up to 530.41.03. NVOS64 is that of 525 and 530.
+#: Size of RM_ALLOC's argument -> offset of its u32 status, up to 520. Read in NVOS64 of 515 and 520.
+ALLOC_STATUS_TO_520 = {NVOS21_SIZE: 24, 40: 32}
+FIRST_BRANCH_WITH_ALLOC_FLAGS = 525
+#: The same up to 530.41.03, where NVOS64 has flags before the status.
 ALLOC_STATUS_TO_530 = {NVOS21_SIZE: 24, 40: 36}
 #: The same from 535.43.02 on, where a u32 params size came before the status.
 ALLOC_STATUS_FROM_535 = {NVOS21_SIZE: 28, 48: 40}
@@ -339,14 +342,14 @@ def unpack_words(raw: bytes | bytearray) -> list[int]:
     return list(struct.unpack(f"<{len(raw) // U32.size}I", raw))
 
 
-#: ctrl0080gpu.h NV0080_CTRL_GPU_GET_CLASSLIST_V2_PARAMS of 580: count u32 @0, u32[200] @4. Shorter before.
-CLASSLIST_V2_MAX = 200
-CLASSLIST_V2_SIZE = 4 + 4 * CLASSLIST_V2_MAX
+#: ctrl0080gpu.h NV0080_CTRL_GPU_GET_CLASSLIST_V2_PARAMS, bytes: count u32 @0, u32[] @4. There are 200 of them in
+#: 580, 174 in 550, 116 in the oldest seen: any length in between is taken.
+CLASSLIST_V2_SIZES = tuple(4 + 4 * length for length in range(116, 201))
 
 
-def pack_class_list_v2(classes: Sequence[int]) -> bytes:
-    """GET_CLASSLIST_V2's answer; at most CLASSLIST_V2_MAX classes."""
-    return pack_words([len(classes), *classes]).ljust(CLASSLIST_V2_SIZE, b"\0")
+def pack_class_list_v2(classes: Sequence[int], size: int) -> bytes:
+    """GET_CLASSLIST_V2's answer in ``size`` bytes, enough for all of them."""
+    return pack_words([len(classes), *classes]).ljust(size, b"\0")
 
 
 @dataclass(frozen=True, order=True)

@@ -1,4 +1,4 @@
-"""Serve the stand-in driver from a mounted directory until told to stop."""
+"""Serve the stand-in driver from a mounted directory, or as character devices, until told to stop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from mpu_notify.rm.abi import CardInfo
+from mpu_notify.rm.abi import CONTROL_NODE, CONTROL_NODE_MAJOR, CONTROL_NODE_MINOR, CardInfo
 from mpu_notify.standin.callers import Caller
+from mpu_notify.standin.connection import IoctlCall, Opener
+from mpu_notify.standin.cuse import CuseServer, DeviceNumber
 from mpu_notify.standin.driver import CHIPS, Driver, Era, File, Options
-from mpu_notify.standin.fuse import FuseServer, IoctlCall, Opener
+from mpu_notify.standin.fuse import FuseServer
+from mpu_notify.standin.trace import TracedFile
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -21,7 +25,7 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class _Node:
-    """An open file of the driver's, as the FUSE server wants it."""
+    """An open file of the driver's, as the server wants it."""
 
     file: File
 
@@ -35,12 +39,32 @@ class _Node:
         self.file.release()
 
 
-def _nodes(driver: Driver) -> dict[str, Opener]:
+def _traced(name: str, opener: Opener, to: TextIO) -> Opener:
+    return lambda tid: TracedFile(name, opener(tid), to)
+
+
+def _nodes(driver: Driver, trace: TextIO | None) -> dict[str, tuple[DeviceNumber, Opener]]:
     def gpu(minor: int) -> Opener:
         return lambda tid: _Node(driver.open_gpu(minor, Caller(tid)))
 
-    gpus = {f"nvidia{minor}": gpu(minor) for minor in range(len(driver.gpus))}
-    return {"nvidiactl": lambda _tid: _Node(driver.open_control()), **gpus}
+    control = DeviceNumber(CONTROL_NODE_MAJOR, CONTROL_NODE_MINOR)
+    gpus = {
+        f"nvidia{minor}": (DeviceNumber(CONTROL_NODE_MAJOR, minor), gpu(minor)) for minor in range(len(driver.gpus))
+    }
+    nodes: dict[str, tuple[DeviceNumber, Opener]] = {
+        CONTROL_NODE.name: (control, lambda _tid: _Node(driver.open_control())),
+        **gpus,
+    }
+    if trace is None:
+        return nodes
+    return {name: (number, _traced(name, opener, trace)) for name, (number, opener) in nodes.items()}
+
+
+def _server(driver: Driver, mountpoint: Path | None, trace: TextIO | None) -> FuseServer | CuseServer:
+    nodes = _nodes(driver, trace)
+    if mountpoint is None:
+        return CuseServer(nodes)
+    return FuseServer(mountpoint, {name: opener for name, (_, opener) in nodes.items()})
 
 
 def _gpu_count(word: str) -> int:
@@ -59,10 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Run it as root in the initial PID namespace. It prints one line, READY and the path of\n"
         "nvidiactl, when the files are there, and unmounts and exits 0 on SIGTERM, SIGINT or SIGHUP. The\n"
         "files can be bind-mounted into containers. They are no character devices, so name the control\n"
-        "node with --device.",
+        "node with --device. With --cuse they are: /dev/nvidiactl, 195:255, and so on; that needs a kernel\n"
+        "with CUSE, and no driver of NVIDIA's.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT", help="an existing directory")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("mountpoint", type=Path, nargs="?", metavar="MOUNTPOINT", help="an existing directory")
+    place.add_argument("--cuse", action="store_true", help="make character devices in /dev instead of files")
     parser.add_argument(
         "--era",
         type=Era,
@@ -79,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--old-alloc", action="store_true", help="take RM_ALLOC's argument as drivers up to 530.41.03 do"
     )
+    parser.add_argument(
+        "--trace", type=argparse.FileType("w"), metavar="FILE", help="write down every ioctl, one JSON object a line"
+    )
     parser.add_argument("--exit-with-parent", action="store_true", help="stop when the thread that started it ends")
     return parser
 
@@ -94,16 +124,18 @@ def main(arguments: list[str] | None = None) -> int:
         if os.getppid() != parent:  # it ended before we asked to be told
             return 0
     driver = Driver(Options(asked.era, asked.gpus, CHIPS[asked.chip], asked.driver_version, asked.old_alloc))
+    directory = CONTROL_NODE.parent if asked.cuse else asked.mountpoint.absolute()
     try:
-        server = FuseServer(asked.mountpoint.absolute(), _nodes(driver))
+        server = _server(driver, None if asked.cuse else directory, asked.trace)
     except OSError as error:
-        print(f"mpu-notify standin: {error}; it needs root and an existing directory", file=sys.stderr)
+        needed = "the kernel's module cuse" if asked.cuse else "an existing directory"
+        print(f"mpu-notify standin: {error}; it needs root and {needed}", file=sys.stderr)
         return 1
     try:
         for number in _STOP:
             signal.signal(number, _stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
-        print("READY", asked.mountpoint.absolute() / "nvidiactl", flush=True)
+        print("READY", directory / CONTROL_NODE.name, flush=True)
         server.serve()
     except SystemExit:
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)

@@ -15,9 +15,10 @@ from dataclasses import replace
 from mpu_notify.rm import abi
 from mpu_notify.rm.abi import Escape, Status
 from mpu_notify.rm.eras import Era
-from mpu_notify.standin import pids
+from mpu_notify.standin import nvml, pids
 from mpu_notify.standin.model import (
     CHIPS,
+    GPU_MEMORY,
     Client,
     GpuState,
     Key,
@@ -39,7 +40,6 @@ _FIRST_GENERATED = 0xCAF00000
 _MAX_PARAMS = 1 << 20
 _CLASS_MASK = 0xFFFF
 _SYS_MEMBLOCK = 0x40000000
-_GPU_MEMORY = 144 << 30
 
 
 def _failed(code: int) -> OSError:
@@ -58,9 +58,10 @@ class Driver(State):
             (root, abi.GPU_GET_ATTACHED_IDS): Row((abi.ATTACHED_IDS_SIZE,), self._get_attached_ids),
             (root, abi.GPU_GET_ID_INFO_V2): Row((abi.IdInfo.LAYOUT.size,), self._get_id_info),
             (device, abi.GPU_GET_CLASSLIST): Row((abi.ClassList.LAYOUT.size,), self._get_class_list),
-            (device, abi.GPU_GET_CLASSLIST_V2): Row((abi.CLASSLIST_V2_SIZE,), self._get_class_list_v2),
+            (device, abi.GPU_GET_CLASSLIST_V2): Row(abi.CLASSLIST_V2_SIZES, self._get_class_list_v2),
         }
         self.register(pids.controls_for(self))
+        self.register(nvml.controls_for(self))
 
     def register(self, controls: Mapping[Key, Row]) -> None:
         """Have more controls, or others in the place of those that there are."""
@@ -98,7 +99,7 @@ class Driver(State):
         params[:] = replace(asked, count=len(classes)).pack()
 
     def _get_class_list_v2(self, _task: Task, _object: Object, params: bytearray) -> None:
-        params[:] = abi.pack_class_list_v2(self.classes)
+        params[:] = abi.pack_class_list_v2(self.classes, len(params))
 
 
 class File(ABC):
@@ -270,7 +271,7 @@ class ControlFile(File):
             made.size = abi.MemoryParams.unpack(params).size
             if not made.size:
                 raise RefusedError(Status.INVALID_ARGUMENT)
-            if parent.gpu is None or made.size > _GPU_MEMORY - sum(parent.gpu.memory.values()):
+            if parent.gpu is None or made.size > GPU_MEMORY - sum(parent.gpu.memory.values()):
                 raise RefusedError(Status.NO_MEMORY)
         elif number == chip.channel:
             self._alloc_params(task, request, abi.CHANNEL_PARAMS_SIZE, required=True)

@@ -77,6 +77,10 @@ CHIPS = {
 }
 
 
+#: Bytes of each GPU.
+GPU_MEMORY = 144 << 30
+
+
 @dataclass(frozen=True)
 class Options:
     """What kind of driver to be. ``old_alloc``: RM_ALLOC's argument as it was up to 530.41.03."""
@@ -221,7 +225,10 @@ class State:
             GpuState(abi.CardInfo(0, 0, slot, 0, _VENDOR, options.chip.pci_device, slot, minor))
             for minor, slot in enumerate(slots)
         ]
-        self.alloc_status = abi.ALLOC_STATUS_TO_530 if options.old_alloc else abi.ALLOC_STATUS_FROM_535
+        self.alloc_status = abi.ALLOC_STATUS_FROM_535
+        if options.old_alloc:
+            old = int(options.version.split(".")[0]) < abi.FIRST_BRANCH_WITH_ALLOC_FLAGS
+            self.alloc_status = abi.ALLOC_STATUS_TO_520 if old else abi.ALLOC_STATUS_TO_530
         chip = options.chip
         self.classes = [
             abi.ROOT_CLIENT, abi.DEVICE, abi.SUBDEVICE, abi.MEMORY_LOCAL_USER, abi.MPS_COMPUTE,

@@ -20,6 +20,9 @@ from mpu_notify.supervisor.service import MONITORED
 
 SECONDS = 20.0
 
+#: What the kernel under test has: pidfds of threads (Linux 6.9).
+HAS_PIDFD_THREAD = tuple(int(word) for word in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 9)
+
 _UNDER_FILTER = """
 import os, socket, sys
 from mpu_notify.notify import filter

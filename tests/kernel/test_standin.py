@@ -122,6 +122,33 @@ def test_refuses_a_missing_directory(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in answer.stderr
 
 
+def test_refuses_to_be_devices_where_the_kernel_has_no_cuse() -> None:
+    if Path("/dev/cuse").exists():
+        pytest.skip("this kernel has CUSE: tests/vm shows what then happens")
+    command = [sys.executable, "-m", "mpu_notify.standin", "--cuse"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert answer.returncode == 1
+    assert answer.stderr.count("\n") == 1
+    assert "/dev/cuse" in answer.stderr
+
+
+def test_traces_what_it_is_asked(standin: StartStandIn, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    with RmClient(standin("--trace", str(trace)).control_node) as client:
+        (gpu,) = client.gpus()
+        with pytest.raises(RmError):
+            client.control(gpu.subdevice, 0x2080FFFF, bytearray(8))
+        with pytest.raises(RmError):
+            client.alloc(client.handle, 0xFFFF)
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    control = {"control": "0x2080ffff", "object": hex(gpu.subdevice), "size": 8, "params_in": "", "status": "0x56"}
+    assert {**control, "params_out": ""} in lines
+    assert [line["alloc"] for line in lines if "alloc" in line] == ["0x41", "0x80", "0x2080", "0xffff"]
+    (cards,) = [line for line in lines if line.get("nr") == 200]
+    assert (cards["device"], cards["size"], cards["in"]) == ("nvidiactl", 32 * 72, "")
+    assert cards["out"].startswith("01")
+
+
 def test_ends_with_its_parent(tmp_path: Path) -> None:
     starter = (
         "import subprocess, sys\n"

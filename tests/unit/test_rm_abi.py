@@ -94,8 +94,8 @@ def test_gpu_ids() -> None:
 
 
 def test_class_list_v2() -> None:
-    raw = abi.pack_class_list_v2([0x80, 0xCBC0])
-    assert len(raw) == 804
+    raw = abi.pack_class_list_v2([0x80, 0xCBC0], 700)
+    assert len(raw) == 700
     assert struct.unpack_from("<III", raw) == (2, 0x80, 0xCBC0)
 
 
