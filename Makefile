@@ -9,7 +9,7 @@ PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv
 C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c)
 PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 
-.PHONY: build demo engines test lint bench format clean packages
+.PHONY: build demo engines vm test lint bench format clean packages
 
 build: $(VENV)/.built
 
@@ -39,7 +39,12 @@ lint: build
 engines:
 	tests/engines/install.sh
 
-test: lint engines
+# QEMU, the kernel that the tests boot in it, and old clients of the driver that they run there.
+vm:
+	tests/vm/install.sh
+	tests/vm/clients.sh
+
+test: lint engines vm
 	$(BIN)/pytest
 
 bench: build
