@@ -24,12 +24,12 @@ class Description(NamedTuple):
         """From a ContainerProcessState: its metadata, which is ours, else the runtime's words. Raises StateError."""
         whole = _object(state, "the state")
         text = whole.get("metadata")
-        ours = _object(text.encode(), "its metadata") if isinstance(text, str) and text else {}
+        ours = _object(text, "its metadata") if isinstance(text, str) and text else {}
         inner = whole.get("state")
         runtimes = inner if isinstance(inner, dict) else {}
         pid = whole.get("pid")
-        container = ours.get("container") or runtimes.get("id") or "unknown"
-        return cls(str(container), str(ours.get("route", "unknown")), pid if isinstance(pid, int) else None)
+        container = _text(ours.get("container")) or _text(runtimes.get("id")) or "unknown"
+        return cls(container, _text(ours.get("route")) or "unknown", pid if type(pid) is int else None)
 
     def state(self) -> bytes:
         """A ContainerProcessState that says this."""
@@ -37,7 +37,11 @@ class Description(NamedTuple):
         return json.dumps({"ociVersion": "1.1.0", "fds": ["seccompFd"], "metadata": ours}).encode()
 
 
-def _object(text: bytes, what: str) -> dict[str, object]:
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _object(text: bytes | str, what: str) -> dict[str, object]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

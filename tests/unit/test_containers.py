@@ -36,13 +36,61 @@ def test_what_is_written_is_what_is_read() -> None:
     assert Description.of(one.state()) == one
 
 
-@pytest.mark.parametrize("bad", [b"", b"[]", b"{", b"\xff", state("no json"), state("[]"), b"[" * 100_000])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff",
+        state("no json"),
+        state("[]"),
+        b"[" * 100_000,
+        state("\ud800"),
+        b'{"a": ' + b"9" * 5000,
+    ],
+)
 def test_a_bad_state_is_an_error_that_says_so(bad: bytes) -> None:
     with pytest.raises(StateError, match="no JSON"):
         Description.of(bad)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x)))
+@pytest.mark.parametrize("name", [["a", "list"], {"an": "object"}, 7, True])
+def test_what_is_no_text_is_no_name(name: object) -> None:
+    metadata = json.dumps({"container": name, "route": name})
+    assert Description.of(state(metadata)) == Description("the-runtimes-id", "unknown", 42)
+    assert Description.of(state(None, state={"id": name}, pid=name)).container == "unknown"
+
+
+def test_only_a_number_is_a_pid() -> None:
+    assert [Description.of(state(pid=pid)).pid for pid in (7, True, "7", 7.0, None)] == [7, None, None, None, None]
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800"),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3),
+)
+known_names = st.fixed_dictionaries(
+    {},
+    optional={
+        "metadata": anything
+        | st.fixed_dictionaries({}, optional={"container": anything, "route": anything}).map(json.dumps),
+        "state": anything | st.fixed_dictionaries({}, optional={"id": anything}),
+        "pid": anything,
+    },
+)
+
+
+@given(anything | known_names)
 def test_no_state_does_more_than_that(document: object) -> None:
     with contextlib.suppress(StateError):
-        Description.of(json.dumps(document).encode())
+        whose = Description.of(json.dumps(document).encode())
+        assert Description.of(whose.state()) == whose._replace(pid=None)
+
+
+@given(st.binary(max_size=200), st.integers(0, 200), st.binary(max_size=8))
+def test_nor_do_any_bytes(data: bytes, at: int, more: bytes) -> None:
+    good = state(json.dumps({"container": "blue", "route": "shim"}))
+    for text in (data, good[:at], good[:at] + more + good[at:], good[:at] + more + good[at + len(more) :]):
+        with contextlib.suppress(StateError):
+            Description.of(text)
