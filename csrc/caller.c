@@ -47,7 +47,7 @@ struct kernel kernel_of_release(const char *release)
 {
     int major = 0, minor = 0, version;
 
-    sscanf(release, "%d.%d", &major, &minor);
+    sscanf(release, "%3d.%3d", &major, &minor);
     version = major * 1000 + minor;
     return (struct kernel){
         .pidfd_thread = version >= 6009, .receive_ends = version >= 6011, .map_query = version >= 6011};
