@@ -6,10 +6,24 @@ BIN := $(VENV)/bin
 # The distribution's own Python: one that any user may execute, which the tests as an unprivileged user need.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv strace systemd util-linux
-C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c)
+# What the fuzz targets and the static analysers need besides.
+TOOLS := clang libclang-rt-dev
+C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h)
 PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 
-.PHONY: build demo engines vm test lint bench format clean packages
+# How long `make fuzz` works on each target.
+SECONDS := 60
+
+.PHONY: build demo engines vm test lint fuzz bench format clean packages tools
+
+# Install those of some packages that are missing.
+define install
+	@missing=$$(for package in $(1); do \
+	    dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || echo $$package; \
+	done); \
+	test -z "$$missing" || { apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
+endef
 
 build: $(VENV)/.built
 
@@ -20,11 +34,10 @@ $(VENV)/.built: pyproject.toml setup.py $(wildcard csrc/*) | packages
 	touch $@
 
 packages:
-	@missing=$$(for package in $(PACKAGES); do \
-	    dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || echo $$package; \
-	done); \
-	test -z "$$missing" || { apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
+	$(call install,$(PACKAGES))
+
+tools: | packages
+	$(call install,$(TOOLS))
 
 demo: build
 	@$(BIN)/mpu-notify demo
@@ -44,8 +57,12 @@ vm:
 	tests/vm/install.sh
 	tests/vm/clients.sh
 
-test: lint engines vm
+test: lint engines vm tools
 	$(BIN)/pytest
+
+# The C entry points on any bytes, from the inputs kept in tests/fuzz/corpus; make test does it for a few seconds each.
+fuzz: build tools
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench: build
 	$(BIN)/python -m bench

@@ -1,0 +1,117 @@
+/* What a caller has in its memory and what a supervisor answers. The first byte says which. */
+#include "../../csrc/call.c"
+
+#include "fuzz.h"
+
+#include <linux/audit.h>
+
+static const struct input *memory; /* of the caller: it begins at address 0 */
+
+static int read_memory(int handle, uint64_t address, void *buffer, size_t size)
+{
+    EXPECT(handle == 0 && size <= sizeof(struct nvos54));
+    if (address > memory->left || size > memory->left - address)
+        return -EFAULT;
+    memcpy(buffer, memory->at + address, size);
+    return 0;
+}
+
+/* An ioctl and the memory of its caller. */
+static void check_nvos54(struct input input)
+{
+    struct seccomp_data call = {.arch = AUDIT_ARCH_X86_64};
+    struct nvos54 nvos54;
+    uint64_t address;
+    int error;
+
+    if (take_number(&input, 1) & 1)
+        call.arch = AUDIT_ARCH_I386;
+    call.args[1] = take_number(&input, 8);
+    call.args[2] = take_number(&input, 8);
+    memory = &input;
+    error = read_nvos54(&call, read_memory, 0, &address, &nvos54);
+    EXPECT(error == 0 || error == -EFAULT || error == -ENOTTY);
+    if (!error)
+        EXPECT(memcmp(&nvos54, input.at + address, sizeof(nvos54)) == 0);
+}
+
+/* Room for params that ends where the listener ends. */
+static struct listener *make_listener(int channel)
+{
+    struct listener *listener = malloc(sizeof(*listener));
+
+    EXPECT(listener);
+    *listener = (struct listener){.fd = -1, .state = -1, .channel = channel};
+    memset(listener->params, 0xEE, sizeof(listener->params));
+    return listener;
+}
+
+static void check_params(const struct listener *listener, size_t size)
+{
+    for (size_t i = size; i < sizeof(listener->params); i += 61)
+        EXPECT(listener->params[i] == 0xEE);
+}
+
+/* The sequence and size of a request, and a packet that comes as an answer. */
+static void check_answer(struct input input)
+{
+    uint64_t sequence = take_number(&input, 1);
+    uint32_t size = (uint32_t)take_number(&input, 2), verdict = MPU_CONTINUE;
+    int free_fd = next_fd(), ends[2], error;
+    AUTO_FREE struct listener *listener = NULL;
+
+    EXPECT(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
+    listener = make_listener(ends[0]);
+    EXPECT(take_answer(listener, sequence, size, &verdict) == -EAGAIN);
+    EXPECT(send(ends[1], input.at, input.left, MSG_NOSIGNAL) == (ssize_t)input.left);
+    error = take_answer(listener, sequence, size, &verdict);
+    EXPECT(error == 0 || error == -EPROTO || error == -ESTALE || (error == -EPIPE && !input.left));
+    EXPECT(verdict == MPU_CONTINUE || (verdict == MPU_PROCEED && (error || input.left >= size)));
+    check_params(listener, !error && verdict == MPU_PROCEED ? size : 0);
+    close(ends[0]);
+    close(ends[1]);
+    EXPECT(next_fd() == free_fd);
+}
+
+/* A row of the control table, as the monitor takes it from a supervisor, and params that the driver answered. */
+static void check_empty(struct input input)
+{
+    struct mpu_control control = {
+        .size = (uint32_t)take_number(&input, 2),
+        .asks = (uint32_t)take_number(&input, 1) & 1,
+        .count_at = (uint32_t)take_number(&input, 2),
+        .table_at = (uint32_t)take_number(&input, 2),
+        .table_size = (uint32_t)take_number(&input, 2),
+    };
+    struct call call = {.control = &control};
+    AUTO_FREE struct listener *listener = make_listener(-1);
+
+    if (control.count_at + sizeof(uint32_t) > control.size || control.table_at + control.table_size > control.size)
+        return;
+    memcpy(listener->params, input.at, input.left < control.size ? input.left : control.size);
+    if (!translate_empty(listener, &call))
+        return;
+    EXPECT(!control.asks);
+    for (uint32_t i = 0; i < control.table_size; i++)
+        EXPECT(listener->params[control.table_at + i] == 0);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    struct input input = {data, size};
+
+    switch (take_number(&input, 1)) {
+    case 'n':
+        check_nvos54(input);
+        break;
+    case 'a':
+        check_answer(input);
+        break;
+    case 'e':
+        check_empty(input);
+        break;
+    default:
+        break;
+    }
+    return 0;
+}

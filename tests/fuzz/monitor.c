@@ -1,0 +1,80 @@
+/* What a supervisor sends: packets, each with its length (2 bytes), how many fds go with it (1), and its bytes. */
+#define main monitor_main
+#include "../../csrc/monitor.c"
+#undef main
+
+#include "fuzz.h"
+
+static void send_packet(int supervisor, struct input *input)
+{
+    static const int files[] = {STDIN_FILENO, STDIN_FILENO, STDIN_FILENO};
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(files))] = {0};
+    size_t size = take_number(input, 2), n_fds = take_number(input, 1) % 4;
+    struct iovec part;
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+
+    if (size > input->left)
+        size = input->left;
+    part = (struct iovec){(void *)(uintptr_t)input->at, size};
+    if (n_fds) {
+        message.msg_control = control;
+        message.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        *CMSG_FIRSTHDR(&message) = (struct cmsghdr){
+            .cmsg_len = CMSG_LEN(n_fds * sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+        memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), files, n_fds * sizeof(int));
+    }
+    EXPECT(sendmsg(supervisor, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)size);
+    input->at += size;
+    input->left -= size;
+}
+
+/* Whatever was sent: what the threads take from the configuration stays in the params that a call has room for. */
+static void check_config(const struct config *config)
+{
+    EXPECT(config->n_controls <= MPU_MAX_CONTROLS);
+    for (uint32_t i = 0; i < config->n_controls; i++) {
+        const struct mpu_control *control = &config->controls[i];
+
+        EXPECT(control->size <= MPU_MAX_PARAMS);
+        EXPECT(control->size >= sizeof(uint32_t) && control->count_at <= control->size - sizeof(uint32_t));
+        EXPECT(control->table_at <= control->size && control->table_size <= control->size - control->table_at);
+    }
+}
+
+static void free_configs(struct config *config)
+{
+    while (config) {
+        struct config *older = config->older;
+
+        check_config(config);
+        free(config);
+        config = older;
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    struct monitor monitor = {.lock = PTHREAD_MUTEX_INITIALIZER,
+                              .told = PTHREAD_COND_INITIALIZER,
+                              .config = calloc(1, sizeof(struct config)),
+                              .supervisor = -1,
+                              .control = -1,
+                              .agent = -1};
+    AUTO_FREE struct packet *packet = malloc(sizeof(*packet));
+    struct input input = {data, size};
+    int free_fd = next_fd(), ends[2];
+
+    EXPECT(packet && monitor.config && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
+    EXPECT(greet(&monitor, ends[0]) == 0);
+    while (input.left && monitor.supervisor >= 0) {
+        send_packet(ends[1], &input);
+        serve_supervisor(&monitor, packet);
+    }
+    EXPECT(monitor.has_supervisor == (monitor.supervisor >= 0 && monitor.configured));
+    if (monitor.supervisor >= 0)
+        lose_supervisor(&monitor);
+    close(ends[1]);
+    free_configs(monitor.config);
+    EXPECT(next_fd() == free_fd);
+    return 0;
+}
