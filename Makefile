@@ -8,13 +8,13 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv strace systemd util-linux
 # What the fuzz targets and the static analysers need besides.
 TOOLS := clang libclang-rt-dev
-C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h)
+C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitize/*.c)
 PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 
 # How long `make fuzz` works on each target.
 SECONDS := 60
 
-.PHONY: build demo engines vm test lint fuzz bench format clean packages tools
+.PHONY: build demo engines vm test lint fuzz sanitize bench format clean packages tools
 
 # Install those of some packages that are missing.
 define install
@@ -63,6 +63,11 @@ test: lint engines vm tools
 # The C entry points on any bytes, from the inputs kept in tests/fuzz/corpus; make test does it for a few seconds each.
 fuzz: build tools
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+# The tests with our C programs instrumented: AddressSanitizer and UBSan, then ThreadSanitizer where there are threads.
+sanitize: | packages
+	tests/sanitize/run.sh address tests/unit tests/kernel
+	tests/sanitize/run.sh thread tests/kernel/test_monitor.py tests/kernel/test_serve.py
 
 bench: build
 	$(BIN)/python -m bench

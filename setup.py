@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from setuptools import setup
@@ -17,10 +18,12 @@ CFLAGS = [
     "-Wextra",
     "-Werror",
     "-fstack-protector-strong",
-    "-D_FORTIFY_SOURCE=2",
 ]
 LDFLAGS = ["-Wl,-z,relro,-z,now"]
 CSRC = Path("csrc")
+# For the tests only (tests/sanitize): MPU_NOTIFY_SANITIZE says which of these.
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+SANITIZER = os.environ.get("MPU_NOTIFY_SANITIZE", "")
 PROGRAMS = {
     "mpu-notify-monitor": [
         *("start.c", "monitor.c", "agent.c", "handover.c", "keeper.c"),
@@ -31,6 +34,16 @@ PROGRAMS = {
 }
 # Without a dynamic loader, where there is a static C library, these start in half the time.
 STARTED_OFTEN = {"mpu-notify-hook", "mpu-notify-runtime"}
+
+if SANITIZER:
+    SANITIZE = [f"-fsanitize={SANITIZERS[SANITIZER]}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    CFLAGS += [*SANITIZE, f'-DREPORTS="{Path("reports").resolve()}"']
+    LDFLAGS += SANITIZE
+    STARTED_OFTEN.clear()  # a sanitizer needs the dynamic loader
+    for sources in PROGRAMS.values():
+        sources.append("../tests/sanitize/options.c")
+else:
+    CFLAGS += ["-D_FORTIFY_SOURCE=2"]  # a sanitizer looks at these calls by itself
 
 
 class BuildPrograms(build_ext):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -39,13 +40,17 @@ def declarations(header: Path) -> str:
     return "\n".join(line for line in lines if not guard.match(line))
 
 
+# For the tests (tests/sanitize). AddressSanitizer would have to be in Python itself, and in all that Python starts.
+SANITIZE = ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if os.environ.get("MPU_NOTIFY_SANITIZE") else []
+
 ffibuilder = cffi.FFI()
 ffibuilder.cdef(declarations(HERE / "protocol.h") + CALLS)
 ffibuilder.set_source(
     "mpu_notify.notify._native",
     '#include <signal.h>\n#include "native.h"\n#include "protocol.h"\n',
     include_dirs=[str(HERE)],
-    extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+    extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter", *SANITIZE],
+    extra_link_args=SANITIZE,
     depends=[str(header) for header in HERE.glob("*.h")],
     py_limited_api=True,
 )

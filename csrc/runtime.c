@@ -174,13 +174,23 @@ static char *value_of(char *line, const char *key)
     return value;
 }
 
+/* Whether lines are ours from this one on, where it begins a section; else as before. */
 static bool is_section(const char *line, bool before)
 {
-    char name[32];
+    const char *name;
+    size_t length;
 
-    if (sscanf(line, " [ %31[A-Za-z0-9_.-] ]", name) != 1)
+    line += strspn(line, " \t");
+    if (*line++ != '[')
         return before;
-    return strcmp(name, "runtime") == 0;
+    name = line + strspn(line, " \t");
+    length = strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-");
+    line = name + length;
+    line += strspn(line, " \t");
+    if (!length || *line++ != ']')
+        return before;
+    line += strspn(line, " \t");
+    return *line && *line != '#' ? before : is(name, length, "runtime");
 }
 
 static const char *settings_file(void)

@@ -24,9 +24,10 @@ KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "agent": {"socket": (), "absent": ("start", "refuse")},
     "runtime": {"path": (), "opt_in": ("annotation", "name")},
 }
-_BLANK = re.compile(r"\s*(#.*)?")
-_SECTION = re.compile(r"\s*\[\s*([\w.-]+)\s*\]\s*(#.*)?")
-_SETTING = re.compile(r"""\s*([\w-]+)\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(#.*)?""")
+_LINE_END = re.compile(r"\r\n?|\n")
+_BLANK = re.compile(r"[ \t]*(#.*)?")
+_SECTION = re.compile(r"[ \t]*\[[ \t]*([\w.-]+)[ \t]*\][ \t]*(#.*)?", re.ASCII)
+_SETTING = re.compile(r"""[ \t]*([\w-]+)[ \t]*=[ \t]*(?:"([^"\\]*)"|'([^']*)')[ \t]*(#.*)?""", re.ASCII)
 
 
 class SettingsError(MpuNotifyError):
@@ -59,9 +60,11 @@ def load() -> Settings:
 
 def parse(text: str, file: str) -> Settings:
     """The settings in this text; `file` is for messages. Raises SettingsError."""
+    if "\0" in text:
+        raise SettingsError(f"cannot read the configuration {file}: it has a null character")
     settings = Settings(file)
     section = ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_LINE_END.split(text), 1):
         header = _SECTION.fullmatch(line)
         if header:
             section = header[1]

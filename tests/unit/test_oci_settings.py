@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mpu_notify.oci import flags, settings
 from mpu_notify.oci.agent import AgentAbsentError, is_there
+
+from .readers import compile_readers, runtime_section
 
 FEATURES = '{"linux": {"seccomp": {"supportedFlags": ["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"]}}}'
 
@@ -55,6 +61,49 @@ def test_keys_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(text: str, problem: str) -> None:
     with pytest.raises(settings.SettingsError, match=problem):
         parse(text)
+
+
+TOKENS = """[runtime] [ runtime [agent] [supervisor] [log.x] [log.runtime] [runtime.x] [ ] , x = == # #[runtime]
+path opt_in socket pathology path="x" opt_in='name' ' " "/usr/bin/crun" 'runc' "" "name" 'name' "annotation" '/a"b'
+"a\\b" é [log.é] [log.a-section-with-a-name-as-long-as-this-one-is]"""
+SPACES = [" ", "\t", "\n", "\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x85", "\u00a0", "\u2028", "\0"]
+pieces = st.sampled_from([*TOKENS.split(), *SPACES])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The configuration file of the test's own process."""
+    compile_readers()
+    file = tmp_path_factory.mktemp("settings") / "config.toml"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(settings.VARIABLE, str(file))
+        yield file
+
+
+@given(st.lists(pieces | st.text(max_size=2), max_size=20).map("".join))
+@example("[log]\n[runtime\npath = 'x'")
+@example("[runtime]\n[log.a-section-with-a-name-as-long-as-this-one-is]\npath = 'x'")
+@example("[runtime]\n[log.é]\npath = 'x'")
+@example("[log]\nx = [\n[runtime,\n]\npath = 'x'")
+@example("[agent]\n\f[runtime]\npath = 'x'")
+@example("# \0\n[runtime]\nopt_in = 'name'")
+@example("[log]\nx\v[runtime]\vpath = 'x'")
+def test_the_runtime_in_c_reads_what_python_reads(file: Path, text: str) -> None:
+    file.write_bytes(text.encode())
+    try:
+        found = settings.load()
+    except settings.SettingsError:
+        return  # which the runtime leaves to Python to say
+    assert runtime_section() == (found.runtime, found.opt_in == "name")
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_in_the_file_do_more_than_raise_a_settings_error(file: Path, text: bytes) -> None:
+    file.write_bytes(text)
+    with suppress(settings.SettingsError):
+        settings.load()
+    path, _ = runtime_section()
+    assert path.encode(errors="surrogateescape") in text
 
 
 def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
