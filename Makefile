@@ -8,13 +8,13 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv strace systemd util-linux
 # What the fuzz targets and the static analysers need besides.
 TOOLS := clang libclang-rt-dev
-C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitize/*.c)
+C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitize/*.c tests/unit/*.c)
 PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 
 # How long `make fuzz` works on each target.
 SECONDS := 60
 
-.PHONY: build demo engines vm test lint fuzz sanitize bench format clean packages tools
+.PHONY: build demo engines vm test lint analyse fuzz sanitize bench format clean packages tools
 
 # Install those of some packages that are missing.
 define install
@@ -42,11 +42,22 @@ tools: | packages
 demo: build
 	@$(BIN)/mpu-notify demo
 
-lint: build
+lint: build analyse
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+
+# Static analysis of what runs as root. Clang's analyser does not know the cleanup attribute: what that frees is a leak
+# to it, and what is set for it a store in vain. Gcc's knows it, and looks for leaks too; the limits let it come further.
+ANALYSE := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -c -o /dev/null
+analyse: | tools
+	@set -e; for source in csrc/*.c; do \
+	    gcc $(ANALYSE) -O1 -fanalyzer --param analyzer-bb-explosion-factor=15 \
+	        -Wlogical-op -Wduplicated-cond -Wduplicated-branches -Wnull-dereference $$source; \
+	    clang $(ANALYSE) -O2 --analyze --analyzer-output text -Xclang -analyzer-werror \
+	        -Xclang -analyzer-disable-checker -Xclang unix.Malloc,deadcode.DeadStores $$source; \
+	done
 
 # The container engines that the tests start; a newer Docker goes into build/, not into the system.
 engines:
@@ -65,8 +76,9 @@ fuzz: build tools
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # The tests with our C programs instrumented: AddressSanitizer and UBSan, then ThreadSanitizer where there are threads.
+# (test_no_allocation.py puts a malloc of its own in the monitor, where the sanitizer has one.)
 sanitize: | packages
-	tests/sanitize/run.sh address tests/unit tests/kernel
+	tests/sanitize/run.sh address tests/unit tests/kernel --ignore=tests/kernel/test_no_allocation.py
 	tests/sanitize/run.sh thread tests/kernel/test_monitor.py tests/kernel/test_serve.py
 
 bench: build

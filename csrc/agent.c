@@ -49,10 +49,10 @@ int thread_start(void *(*body)(void *), void *argument)
 {
     pthread_attr_t attributes;
     pthread_t thread;
-    int error = pthread_attr_init(&attributes);
+    int error;
 
-    if (error)
-        return -error;
+    if (pthread_attr_init(&attributes))
+        return -ENOMEM;
     pthread_attr_setstacksize(&attributes, THREAD_STACK_BYTES);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     error = pthread_create(&thread, &attributes, body, argument);

@@ -505,7 +505,7 @@ static void supervise(struct listener *listener, const struct config *config, co
 
     if (table_find(config, glanced->cmd, glanced->params_size))
         cause = translate(listener, &call);
-    error = reply(listener, cause == MPU_TRANSLATED ? 0 : SECCOMP_USER_NOTIF_FLAG_CONTINUE);
+    error = reply(listener, cause == MPU_TRANSLATED ? 0 : (uint32_t)SECCOMP_USER_NOTIF_FLAG_CONTINUE);
     if (error && cause == MPU_TRANSLATED)
         cause = fail(&call, error == -ENOENT ? MPU_CALLER_GONE : MPU_REPLY_FAILED, error);
     report(listener, &call, cause);

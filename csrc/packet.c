@@ -60,10 +60,11 @@ int packet_send(int socket, const struct parcel *parcel, uint64_t deadline)
         size_t size = parcel->n_fds * sizeof(int);
 
         message.msg_control = control;
-        message.msg_controllen = CMSG_SPACE(size);
+        message.msg_controllen = sizeof(control);
         *CMSG_FIRSTHDR(&message) =
             (struct cmsghdr){.cmsg_len = CMSG_LEN(size), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
         memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), parcel->fds, size);
+        message.msg_controllen = CMSG_SPACE(size);
     }
     parcel->head->version = MPU_PROTOCOL_VERSION;
     parcel->head->length = (uint32_t)(parcel->head_size + parcel->body_size);

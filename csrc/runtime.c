@@ -356,16 +356,9 @@ static int become_shim(const struct command *command, char *runtime, int argc, c
 {
     char package[PATH_MAX], shim[PATH_MAX], python[PATH_MAX];
     ssize_t length = readlink("/proc/self/exe", package, sizeof(package));
-    char *words[MAX_ARGUMENTS + 1];
-    char *head[] = {python,
-                    "-I",
-                    "-S",
-                    shim,
-                    runtime,
-                    (char *)command->bundle,
-                    (char *)command->log,
-                    (char *)command->log_format,
-                    (char *)command->container};
+    const char *words[MAX_ARGUMENTS + 1];
+    const char *head[] = {
+        python, "-I", "-S", shim, runtime, command->bundle, command->log, command->log_format, command->container};
 
     if (length < 0 || (size_t)length >= sizeof(package))
         return complain(command, "cannot find my own program by /proc/self/exe: mount /proc");
@@ -380,7 +373,7 @@ static int become_shim(const struct command *command, char *runtime, int argc, c
         return complain(command, "cannot rewrite the spec: %d arguments are too many", argc);
     memcpy(words, head, sizeof(head));
     memcpy(words + COUNT(head), argv + 1, (size_t)argc * sizeof(*argv)); /* with the NULL at the end */
-    execv(python, words);
+    execv(python, (char **)(uintptr_t)words);                            /* which changes none of them */
     return complain(command, "cannot rewrite the spec: cannot execute %s: %s", python, strerror(errno));
 }
 
