@@ -98,6 +98,30 @@ def test_no_bytes_do_more_than_raise_a_protocol_error(data: bytes) -> None:
         protocol.decode(data)
 
 
+@given(st.data(), st.integers(0, 12), st.integers(0, 2**32 - 1))
+def test_nor_does_any_body_behind_a_sound_header(data: st.DataObject, kind: int, listener: int) -> None:
+    size = data.draw(st.sampled_from([0, 8, 24, 25, 40, 144]) | st.integers(0, 200))
+    sent = packet(kind, data.draw(st.binary(min_size=size, max_size=size)), listener=listener)
+    try:
+        message = protocol.decode(sent)
+    except ProtocolError:
+        return
+    assert isinstance(message, Hello) or message.listener == listener
+    if isinstance(message, Request):
+        assert message.params == sent[40:]
+
+
+@given(st.data(), st.sampled_from([CALL_IN, CALL_OUT]), st.binary(max_size=100))
+def test_a_call_has_just_the_params_that_it_says(data: st.DataObject, kind: int, params: bytes) -> None:
+    size = data.draw(st.just(len(params)) | st.integers(0, 2**32 - 1))
+    sent = call(kind, params, size)
+    if size == len(params):
+        assert protocol.decode(sent) == Request(7, 11, Step(kind), 0x2080018D, 22, params)
+    else:
+        with pytest.raises(ProtocolError):
+            protocol.decode(sent)
+
+
 @given(params=st.binary(min_size=1, max_size=100))
 def test_an_answer_repeats_its_requests_sequence(params: bytes) -> None:
     request = Request(7, 11, Step.IN, 0x2080018D, 0, params)

@@ -7,6 +7,8 @@ import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpu_notify.rm import abi
 from mpu_notify.rm.client import GpuProcess, RmClient, RmError
@@ -132,3 +134,46 @@ def test_a_file_that_is_no_driver(tmp_path: Path) -> None:
     with pytest.raises(RmError, match="Inappropriate ioctl") as caught:
         RmClient(node)
     assert caught.value.errno == errno.ENOTTY
+
+
+STRUCTURES = abi.Structure.__subclasses__()
+GAPS = (abi.CardInfo, abi.ClassList, abi.DeviceParams, abi.MemoryParams)  # bytes that have no field
+
+
+@given(st.data(), st.sampled_from(STRUCTURES))
+def test_any_bytes_of_its_size_are_a_structure(data: st.DataObject, structure: type[abi.Structure]) -> None:
+    raw = data.draw(st.binary(min_size=structure.LAYOUT.size, max_size=structure.LAYOUT.size))
+    if structure is abi.CardInfo:  # which begins with whether it is valid
+        assert [each.pack() for each in abi.CardInfo.unpack_all(raw)] == ([card_without_gaps(raw)] if raw[0] else [])
+        return
+    found = structure.unpack(raw)
+    assert len(found.pack()) == len(raw)
+    assert structure.unpack(found.pack()) == found
+    if structure not in GAPS:
+        assert found.pack() == raw
+
+
+def card_without_gaps(raw: bytes) -> bytes:
+    return b"\1\0\0\0" + raw[4:11] + b"\0" + raw[12:20] + bytes(36) + raw[56:60] + bytes(12)
+
+
+@given(st.sampled_from([each for each in STRUCTURES if each is not abi.CardInfo]), st.binary(max_size=200))
+def test_no_other_number_of_bytes_is(structure: type[abi.Structure], raw: bytes) -> None:
+    if len(raw) != structure.LAYOUT.size:
+        with pytest.raises(struct.error):
+            structure.unpack(raw)
+
+
+@given(
+    st.lists(st.integers(0, 2**32 - 1), max_size=32), st.sampled_from([abi.ATTACHED_IDS_SIZE, *abi.PROBED_IDS_SIZES])
+)
+def test_a_list_of_gpus_ends_at_its_mark(ids: list[int], size: int) -> None:
+    end = ids.index(abi.INVALID_GPU_ID) if abi.INVALID_GPU_ID in ids else len(ids)
+    assert abi.unpack_gpu_ids(abi.pack_gpu_ids(ids, size)) == ids[:end]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_any_ioctl_and_any_status_has_a_name(number: int) -> None:
+    escape, size = abi.ioctl_parts(number)
+    assert abi.ioctl_parts(abi.ioctl_number(escape, size)) == (escape, size)
+    assert abi.status_text(number).startswith(f"0x{number:02x}")

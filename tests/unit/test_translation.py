@@ -326,3 +326,113 @@ def test_each_engine_of_a_sample_is_on_its_own(control: Control, engines: int, s
         )
     head = struct.pack("<4I", 2, 55872, 0, 55096)
     assert out(control, head + before, Table({1001: 1, 1002: 2})) == head + after
+
+
+controls = st.sampled_from([GPU_PIDS, *INFO_LAYOUTS])
+views = st.dictionaries(pid_numbers, pid_numbers, max_size=8)
+
+
+@st.composite
+def any_params(draw: st.DrawFn, control: Control, numbers: st.SearchStrategy[int] = any_number) -> bytes:
+    """Params of a control with anything in them; mostly with a count that a driver may give, of likely numbers."""
+    table = control.table
+    filler = draw(st.binary(min_size=16, max_size=16))
+    params = bytearray((filler * (control.size // 16 + 1))[: control.size])
+    pids = draw(st.lists(numbers, max_size=12))
+    for index, pid in enumerate(pids):
+        table.put(params, index, pid)
+    if draw(st.booleans()):
+        struct.pack_into("<I", params, table.count, len(pids))
+    return bytes(params)
+
+
+def without_pids(control: Control, params: bytes) -> bytes:
+    """What of the params is no process id."""
+    rest = bytearray(params)
+    for index in range(control.table.capacity):
+        control.table.put(rest, index, 0)
+    return bytes(rest)
+
+
+@given(data=st.data(), view=views, late=st.frozensets(pid_numbers, max_size=4))
+def test_whatever_the_driver_answers_no_pid_but_those_of_the_view_comes_through(
+    data: st.DataObject, view: dict[int, int], late: frozenset[int]
+) -> None:
+    near = st.one_of(any_number, st.sampled_from([0, *view, *view.values()]))
+    params = data.draw(any_params(GPU_PIDS, near))
+    answer = translate_out(GPU_PIDS, None, params, Table(view, late), NOW)
+    before = GPU_PIDS.table.pids(params)
+    assert (answer is None) == (before is None)
+    if answer is None or before is None:
+        return
+    pids = GPU_PIDS.table.pids(answer.params)
+    assert pids is not None
+    assert len(answer.params) == len(params)
+    assert set(pids) <= {view[host] for host in before if host in view and host not in late}
+    assert len(set(pids)) == len(pids) <= len(before)
+    end = GPU_PIDS.table.entries + GPU_PIDS.table.stride * len(pids)
+    assert not any(answer.params[end:])
+    assert answer.params[: GPU_PIDS.table.count] == params[: GPU_PIDS.table.count]
+
+
+@given(data=st.data(), own=st.frozensets(pid_numbers, min_size=1, max_size=8))
+def test_numbers_that_are_native_already_stay_as_they_are(data: st.DataObject, own: frozenset[int]) -> None:
+    view = Table({pid: pid for pid in own})
+    params = data.draw(any_params(GPU_PIDS, st.sampled_from(sorted(own)) | any_number))
+    once = translate_out(GPU_PIDS, None, params, view, NOW)
+    if once is None:
+        return
+    assert translate_out(GPU_PIDS, None, once.params, view, NOW) == once._replace(before=once.after)
+    assert list(once.after) == [pid for pid in dict.fromkeys(once.before) if pid in own]
+
+
+@given(data=st.data(), control=st.sampled_from(INFO_LAYOUTS), view=views, late=st.frozensets(pid_numbers, max_size=4))
+def test_whatever_is_asked_and_answered_the_caller_has_its_own_numbers(
+    data: st.DataObject, control: Control, view: dict[int, int], late: frozenset[int]
+) -> None:
+    table = Table(view, late)
+    params = data.draw(any_params(control, st.one_of(any_number, st.sampled_from([0, *view, *view.values()]))))
+    asked = translate_in(control, params, table)
+    if asked is None:
+        assert not control.table.pids(params)
+        return
+    numbers = control.table.pids(asked.params)
+    assert numbers is not None
+    assert set(numbers) <= {0, UNKNOWN_PID, *view}
+    answered = data.draw(any_params(control) | st.just(asked.params))
+    answer = translate_out(control, asked, answered, table, NOW)
+    if answer is None:
+        assert control.table.pids(answered) is None or answered != asked.params
+        return
+    assert control.table.pids(answer.params) == control.table.pids(params) == list(asked.before)
+    for index, host in enumerate(numbers):
+        start = control.table.entries + control.table.stride * index
+        data_of = slice(start + 8, start + control.table.stride)
+        may_be_seen = host not in late
+        assert answer.params[data_of] == (answered[data_of] if may_be_seen else bytes(control.table.stride - 8))
+
+
+@given(data=st.data(), control=controls, view=views)
+def test_what_a_view_does_not_know_is_not_in_what_the_log_shows_either(
+    data: st.DataObject, control: Control, view: dict[int, int]
+) -> None:
+    params = data.draw(any_params(control))
+    asked = translate_in(control, params, Table(view))
+    answer = translate_out(control, asked, asked.params if asked else params, Table(view), NOW)
+    if answer is not None:
+        assert list(answer.after) == control.table.pids(answer.params)
+        assert without_pids(control, answer.params)[: control.table.count] == params[: control.table.count]
+
+
+@given(data=st.data(), control=controls, pids=st.lists(any_number, max_size=200))
+def test_a_table_holds_what_is_put_in_it_and_nothing_else_changes(
+    data: st.DataObject, control: Control, pids: list[int]
+) -> None:
+    table = control.table
+    params = bytearray(data.draw(any_params(control)))
+    before = bytes(params)
+    table.replace(params, pids)
+    assert table.pids(params) == pids
+    assert len(params) == control.size
+    outside = [*range(table.count), *range(table.count + 4, table.entries)]
+    assert all(params[at] == before[at] for at in outside)
