@@ -79,7 +79,7 @@ def _default(engine: str) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     try:
         profile = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseError(f"cannot read the seccomp profile {file}: {error}") from error
     if not isinstance(profile, dict) or "defaultAction" not in profile:
         raise BaseError(f"cannot use {file} as a seccomp profile: it has no defaultAction")

@@ -37,7 +37,7 @@ def main() -> int:
 def _edit(text: bytes) -> bytes:
     try:
         before = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # which the runtime says better
     ours = settings.load()
     if not spec.opted_in(before):

@@ -74,7 +74,7 @@ def _prepare(runtime: str, config: str, container: str, log: RuntimeLog) -> None
         text = stream.read()
     try:
         before = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # which the runtime says better
     ours = settings.load()
     if not (spec.opted_in(before) or ours.opt_in == "name"):

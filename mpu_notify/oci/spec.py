@@ -44,8 +44,9 @@ class SpecError(MpuNotifyError):
 
 
 def opted_in(spec: Json) -> bool:
-    """Whether the container's annotations ask for us."""
-    return (spec.get("annotations") or {}).get(ANNOTATION) == "true"
+    """Whether the container's annotations ask for us; any JSON that is no spec does not."""
+    annotations = spec.get("annotations") if isinstance(spec, dict) else None
+    return isinstance(annotations, dict) and annotations.get(ANNOTATION) == "true"
 
 
 def rewrite(spec: Json, socket: str, metadata: str, flags: Iterable[str], machine: str) -> Json:
@@ -54,11 +55,18 @@ def rewrite(spec: Json, socket: str, metadata: str, flags: Iterable[str], machin
     A container without a profile gets one that allows everything else. Rewriting twice is rewriting once.
     `flags` are seccomp flags that the runtime takes, `machine` is as in `uname -m`. Raises SpecError.
     """
-    linux = spec.get("linux") or {}
-    profile = linux.get("seccomp") or {}
+    spec = _object(spec, "it")
+    linux = _object(spec.get("linux"), "linux")
+    profile = _object(linux.get("seccomp"), "linux.seccomp")
     if not profile.get("defaultAction") and not profile.get("syscalls"):  # which is none to the runtimes
         profile = unconfined(machine)
     return {**spec, "linux": {**linux, "seccomp": listen(profile, socket, metadata, flags)}}
+
+
+def _object(value: object, what: str) -> Json:
+    if value is not None and not isinstance(value, dict):
+        raise SpecError(f"cannot understand the spec: {what} is no object")
+    return value or {}
 
 
 def unconfined(machine: str) -> Json:
@@ -82,11 +90,11 @@ def listen(profile: Json, socket: str, metadata: str, flags: Iterable[str]) -> J
         )
     try:
         syscalls = list(_syscalls(profile))
+        all_flags = list(dict.fromkeys([*(profile.get("flags") or []), *flags]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SpecError(f"cannot understand the seccomp profile: {type(error).__name__} {error}") from error
     if not any(rule["action"] == _NOTIFY for rule in syscalls):
         return profile
-    all_flags = list(dict.fromkeys([*(profile.get("flags") or []), *flags]))
     return {
         **profile,
         **({"flags": all_flags} if all_flags else {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpu_notify.cli.main import main as command
 from mpu_notify.notify import filter as plain_filter
-from mpu_notify.oci import spec
+from mpu_notify.oci import precreate, shim, spec
 
 from . import bpf
 from .oci_profiles import ABIS, Profile, compile_profile, default_profiles
@@ -337,3 +338,106 @@ def test_the_verb_profile_prints_it(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_the_verb_profile_names_a_base_that_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["profile", "podman", "--base", str(tmp_path / "none")]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+DEEP = b'{"annotations": ' + b"[" * 100_000
+
+
+def test_text_that_no_runtime_takes_is_left_to_the_runtime(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for text in (
+        b"",
+        b"\xff",
+        b"{",
+        DEEP,
+        b"[]",
+        b'"io.mpu-notify.enable"',
+        b'{"annotations": "io.mpu-notify.enable"}',
+    ):
+        assert precreate._edit(text) == text
+        config.write_bytes(text)
+        shim._prepare("/bin/false", str(config), "c1", shim.RuntimeLog("", ""))
+        assert config.read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        *(
+            [],
+            "x",
+            {"linux": [1]},
+            {"linux": "x"},
+            {"linux": {"seccomp": 5}},
+            {"linux": {"seccomp": {"syscalls": [{}]}}},
+        ),
+        {"linux": {"seccomp": {**profile_of("ALLOW"), "flags": 5}}},
+        {"linux": {"seccomp": {**profile_of("ALLOW"), "flags": [[]]}}},
+        {"linux": {"seccomp": {**profile_of("ALLOW"), "syscalls": ["ioctl"]}}},
+    ],
+)
+def test_a_spec_that_is_none_is_refused(strange: Any) -> None:
+    with pytest.raises(spec.SpecError, match="cannot understand"):
+        spec.rewrite(strange, SOCKET, "{}", FLAGS, "x86_64")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2),
+    max_leaves=5,
+)
+
+
+def mostly(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(good, good, good, anything)
+
+
+_conditions = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": mostly(st.integers(0, 5)),
+        "value": mostly(words),
+        "valueTwo": mostly(words),
+        "op": mostly(st.sampled_from(["SCMP_CMP_EQ", "SCMP_CMP_NE", "SCMP_CMP_MASKED_EQ", "SCMP_CMP_LT"])),
+    },
+)
+_actions = st.sampled_from(["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_LOG", "SCMP_ACT_KILL", "SCMP_ACT_NOTIFY"])
+_entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "names": mostly(st.lists(mostly(st.sampled_from(["ioctl", "read"])), max_size=2)),
+        "name": mostly(st.just("ioctl")),
+        "action": mostly(_actions),
+        "args": mostly(st.lists(mostly(_conditions), max_size=2)),
+        "errnoRet": mostly(st.integers(0, 99)),
+        "includes": anything,
+    },
+)
+_seccomp = st.fixed_dictionaries(
+    {},
+    optional={
+        "defaultAction": mostly(_actions),
+        "defaultErrnoRet": mostly(st.integers(0, 99)),
+        "flags": mostly(st.lists(mostly(st.sampled_from(FLAGS)), max_size=2)),
+        "listenerPath": mostly(st.sampled_from(["", SOCKET])),
+        "syscalls": mostly(st.lists(mostly(_entries), max_size=3)),
+    },
+)
+_specs = mostly(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "linux": mostly(st.fixed_dictionaries({}, optional={"seccomp": mostly(_seccomp)})),
+            "annotations": mostly(st.dictionaries(st.just(spec.ANNOTATION), mostly(st.just("true")))),
+        },
+    )
+)
+
+
+@given(_specs)
+def test_no_spec_does_more_than_raise_a_spec_error(strange: Any) -> None:
+    before = copy.deepcopy(strange)
+    assert isinstance(spec.opted_in(strange), bool)
+    with contextlib.suppress(spec.SpecError):
+        json.dumps(spec.rewrite(strange, SOCKET, "{}", FLAGS, "x86_64"))
+    assert json.dumps(strange) == json.dumps(before), "what was given stays as it was"
