@@ -221,13 +221,14 @@ static FILE *open_text(int maps)
 /* /proc/TID/mem writes through page protections (FOLL_FORCE), the driver's copy_to_user does not: so look first. */
 int caller_may_write(const struct kernel *kernel, int maps, uint64_t address, size_t size)
 {
-    FILE *text = kernel->map_query ? NULL : open_text(maps);
     uint64_t end, reached = address;
+    FILE *text;
 
+    if (__builtin_add_overflow(address, size, &end))
+        return -EFAULT;
+    text = kernel->map_query ? NULL : open_text(maps);
     if (!kernel->map_query && !text)
         return -errno;
-    if (__builtin_add_overflow(address, size, &end))
-        end = UINT64_MAX; /* no mapping reaches it */
     while (reached && reached < end) {
         if (text)
             rewind(text);

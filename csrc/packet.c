@@ -103,14 +103,16 @@ int packet_receive(int socket, struct packet *packet)
     ssize_t got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
 
     packet->n_fds = 0;
-    if (got < 0 && (errno == EAGAIN || errno == EINTR))
-        return -EAGAIN;
-    if (got <= 0)
+    if (got < 0)
+        return errno == EAGAIN || errno == EINTR ? -EAGAIN : -EPIPE;
+    take_fds(packet, &message);
+    if (got == 0) { /* an empty packet, which looks like the end, may have brought some */
+        packet_close(packet);
         return -EPIPE;
+    }
     packet->size = (size_t)got;
     packet->truncated = message.msg_flags & MSG_TRUNC;
     packet->lost_fds = message.msg_flags & MSG_CTRUNC;
-    take_fds(packet, &message);
     return 0;
 }
 

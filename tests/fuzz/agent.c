@@ -49,11 +49,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     AUTO_TEXT text = take_text(&input);
     struct arrival whole, pieces;
     struct json json = {text.bytes, text.bytes + text.size}, nothing;
-    int free_fd = next_fd(), error;
+    int fds, error;
 
     if (!state)
         state = memfd_create("state", MFD_CLOEXEC);
     EXPECT(state > 0);
+    fds = open_fds();
     error = take(&whole, text, text.size);
     EXPECT(error == 0 || error == -EBADMSG);
     EXPECT(take(&pieces, text, text.size ? first % (text.size + 1) : 0) == error);
@@ -61,9 +62,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         EXPECT(pieces.extent.complete == whole.extent.complete && whole.size == text.size);
         check_state(text);
     }
+    if (!error && whole.extent.complete)
+        EXPECT(extend(&pieces.extent, '{') == -EBADMSG && extend(&whole.extent, ' ') == 0);
     if (json_find(json, "", &nothing) == -ENOENT)
         EXPECT(!error && whole.extent.complete);
     EXPECT(read_connection(text) == (error ? error : -EBADF));
-    EXPECT(next_fd() == free_fd + (free_fd == state));
+    EXPECT(open_fds() == fds);
     return 0;
 }

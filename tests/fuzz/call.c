@@ -21,7 +21,8 @@ static void check_nvos54(struct input input)
 {
     struct seccomp_data call = {.arch = AUDIT_ARCH_X86_64};
     struct nvos54 nvos54;
-    uint64_t address;
+    struct nv_xfer xfer;
+    uint64_t address, first;
     int error;
 
     if (take_number(&input, 1) & 1)
@@ -31,8 +32,16 @@ static void check_nvos54(struct input input)
     memory = &input;
     error = read_nvos54(&call, read_memory, 0, &address, &nvos54);
     EXPECT(error == 0 || error == -EFAULT || error == -ENOTTY);
-    if (!error)
-        EXPECT(memcmp(&nvos54, input.at + address, sizeof(nvos54)) == 0);
+    if (error)
+        return;
+    EXPECT(memcmp(&nvos54, input.at + address, sizeof(nvos54)) == 0);
+    first = call.arch == AUDIT_ARCH_I386 ? (uint32_t)call.args[2] : call.args[2];
+    if (((uint32_t)call.args[1] & RM_IOCTL_MASK) != RM_XFER_WANT) {
+        EXPECT(address == first);
+        return;
+    }
+    memcpy(&xfer, input.at + first, sizeof(xfer));
+    EXPECT(xfer.cmd == RM_CONTROL_NR && xfer.size == sizeof(nvos54) && xfer.ptr == address);
 }
 
 /* Room for params that ends where the listener ends. */
@@ -57,7 +66,7 @@ static void check_answer(struct input input)
 {
     uint64_t sequence = take_number(&input, 1);
     uint32_t size = (uint32_t)take_number(&input, 2), verdict = MPU_CONTINUE;
-    int free_fd = next_fd(), ends[2], error;
+    int fds = open_fds(), ends[2], error;
     AUTO_FREE struct listener *listener = NULL;
 
     EXPECT(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
@@ -70,7 +79,7 @@ static void check_answer(struct input input)
     check_params(listener, !error && verdict == MPU_PROCEED ? size : 0);
     close(ends[0]);
     close(ends[1]);
-    EXPECT(next_fd() == free_fd);
+    EXPECT(open_fds() == fds);
 }
 
 /* A row of the control table, as the monitor takes it from a supervisor, and params that the driver answered. */

@@ -5,7 +5,7 @@
 
 /* Whether the first mapping of the text that ends behind the address is readable and writable and has all up to `end`.
  */
-static bool one_line_has(struct text text, uint64_t address, uint64_t end)
+static bool has(struct text text, uint64_t address, uint64_t end)
 {
     struct input lines = {(const uint8_t *)text.bytes, text.size};
     AUTO_TEXT copy = take_text(&lines);
@@ -26,18 +26,20 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint64_t address = take_number(&input, 8), length = take_number(&input, 8), end;
     AUTO_TEXT text = take_text(&input);
     struct kernel kernel = kernel_of_release(release.bytes);
-    int free_fd, error;
+    int fds, error;
 
     EXPECT(kernel.map_query == kernel.receive_ends && (kernel.pidfd_thread || !kernel.map_query));
     if (!maps)
         maps = make_file("maps");
-    free_fd = next_fd();
+    fds = open_fds();
     fill_file(maps, text);
     kernel.map_query = false;
     error = caller_may_write(&kernel, maps, address, length);
     EXPECT(error == 0 || error == -EFAULT);
-    if (address && length && !__builtin_add_overflow(address, length, &end) && one_line_has(text, address, end))
+    if (address && length && !__builtin_add_overflow(address, length, &end) && has(text, address, end))
         EXPECT(error == 0);
-    EXPECT(next_fd() == free_fd);
+    if (length && !has(text, address, address))
+        EXPECT(error == -EFAULT);
+    EXPECT(open_fds() == fds);
     return 0;
 }

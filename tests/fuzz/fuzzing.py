@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 BUILD = HERE.parent.parent / "build" / "fuzz"
-#: The inputs that are kept: one folder a target.
+#: The inputs that are kept: one folder a target. Those with a name were written by hand, and say what they are for.
 CORPUS = HERE / "corpus"
 TARGETS = sorted(source.stem for source in HERE.glob("*.c"))
 
-MAX_INPUT = 4096  # bytes
+MAX_INPUT = 8192  # bytes
 GRACE_SECONDS = 60
 
 # The archive holds what a target needs beside the file that it includes; programs' main is none to the linker.
@@ -76,10 +77,15 @@ def keep(target: str) -> None:
         merged = Path(folder, "merged")
         options = ["-merge=1", "-use_counters=0", f"-max_len={MAX_INPUT}", "-close_fd_mask=3"]
         _run(target, GRACE_SECONDS, [*options, merged, CORPUS / target, BUILD / "found" / target])
-        for old in (CORPUS / target).glob("*"):
-            old.unlink()
-        for new in merged.iterdir():
-            (CORPUS / target / new.name[:16]).write_bytes(new.read_bytes())
+        by_hand = {file.name: file.read_bytes() for file in (CORPUS / target).iterdir() if "-" in file.name}
+        found = {file.name[:16]: file.read_bytes() for file in merged.iterdir()}
+        shutil.rmtree(CORPUS / target)
+        (CORPUS / target).mkdir()
+        for name, content in found.items():
+            if content not in by_hand.values():
+                (CORPUS / target / name).write_bytes(content)
+        for name, content in by_hand.items():
+            (CORPUS / target / name).write_bytes(content)
 
 
 def fuzz_all(targets: Sequence[str], seconds: int) -> dict[str, str | FuzzError]:

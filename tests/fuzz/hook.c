@@ -27,11 +27,15 @@ static void check_handed_over(const struct container *container)
 static void check_state(struct container *container)
 {
     int error = parse_state(container);
+    struct json pid;
+    char text[16];
 
     EXPECT(error == 0 || error == -EINVAL);
     if (error)
         return;
-    EXPECT(container->pid > 1 && container->pid != getpid());
+    EXPECT(container->pid > 1 && container->pid != getpid() && json_find(container->state, "pid", &pid) == 0);
+    snprintf(text, sizeof(text), "%d", (int)container->pid);
+    EXPECT(strlen(text) == (size_t)(pid.end - pid.at) && memcmp(text, pid.at, strlen(text)) == 0);
     EXPECT(is_plain(container->id) && strlen(container->id) < sizeof(container->id));
     EXPECT(strlen(container->bundle) < sizeof(container->bundle));
     check_handed_over(container);
@@ -55,17 +59,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     AUTO_TEXT state = take_text(&input);
     AUTO_TEXT spec = take_text(&input);
     struct container container = {.state = {state.bytes, state.bytes + state.size}};
-    int free_fd, error;
+    int fds, error;
     bool enabled;
 
     if (!config)
         config = make_file("config.json");
-    free_fd = next_fd();
+    fds = open_fds();
     error = parse_annotations(container.state, &enabled);
     EXPECT(error == 0 || (error == -EINVAL && !enabled));
     check_state(&container);
     if (spec.size) /* which costs most of the time */
         check_config(&container, config, spec);
-    EXPECT(next_fd() == free_fd);
+    EXPECT(open_fds() == fds);
     return 0;
 }

@@ -62,7 +62,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                               .agent = -1};
     AUTO_FREE struct packet *packet = malloc(sizeof(*packet));
     struct input input = {data, size};
-    int free_fd = next_fd(), ends[2];
+    int fds = open_fds(), ends[2];
 
     EXPECT(packet && monitor.config && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
     EXPECT(greet(&monitor, ends[0]) == 0);
@@ -75,6 +75,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         lose_supervisor(&monitor);
     close(ends[1]);
     free_configs(monitor.config);
-    EXPECT(next_fd() == free_fd);
+    EXPECT(open_fds() == fds);
     return 0;
 }

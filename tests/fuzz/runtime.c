@@ -70,14 +70,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     char *arguments[ARGUMENTS + 2];
     struct settings settings = {0};
     struct command command;
-    int count, free_fd;
+    int count, fds;
 
     if (!configuration) {
         configuration = make_file("config.toml");
         config = make_file("config.json");
         EXPECT(setenv(CONFIGURATION_VARIABLE, "config.toml", 1) == 0);
     }
-    free_fd = next_fd();
+    fds = open_fds();
     check_escape(words.bytes, words.size / 2 + 1);
     count = split(words, arguments);
     command = read_command(count, arguments);
@@ -87,6 +87,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     EXPECT(strlen(settings.path) < sizeof(settings.path));
     fill_file(config, spec);
     check_rewriting(&command, &settings, spec);
-    EXPECT(next_fd() == free_fd);
+    EXPECT(open_fds() == fds);
     return 0;
 }
