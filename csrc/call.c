@@ -182,6 +182,8 @@ static int find_room(struct listener *listener, struct call *call, const struct 
     const struct mpu_control *control = call->control;
 
     *room = listener->params;
+    if (!control) /* nothing was asked yet */
+        return -EPROTO;
     if (answer->verdict != MPU_PERFORM)
         return answer->size == (answer->verdict == MPU_PROCEED ? whole_size(control) : 0) ? 0 : -EPROTO;
     control = table_find(call->config, answer->cmd, answer->size);

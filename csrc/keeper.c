@@ -36,7 +36,7 @@ bool keeper_is_there(void)
 /* One message. It is lost where nobody takes it: we must not hang on whoever keeps us. */
 static void say(const char *text, const int *fds, size_t n_fds)
 {
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(LISTENER_FILES * sizeof(int))] = {0};
+    struct packet_control control = {0};
     const char *path = keeper_address();
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct iovec part = {(void *)(uintptr_t)text, strlen(text)};
@@ -51,13 +51,7 @@ static void say(const char *text, const int *fds, size_t n_fds)
     message.msg_namelen = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
     if (*path == '@')
         address.sun_path[0] = 0;
-    if (n_fds) {
-        message.msg_control = control;
-        message.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
-        *CMSG_FIRSTHDR(&message) = (struct cmsghdr){
-            .cmsg_len = CMSG_LEN(n_fds * sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-        memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), fds, n_fds * sizeof(int));
-    }
+    packet_add_fds(&message, &control, fds, n_fds);
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience)) ||
         sendmsg(fd, &message, MSG_NOSIGNAL) < 0)
         complain("cannot tell the service manager '%s': %s", text, strerror(errno));

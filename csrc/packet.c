@@ -47,25 +47,30 @@ int ms_until(uint64_t deadline)
     return ms > INT_MAX ? INT_MAX : (int)ms;
 }
 
+void packet_add_fds(struct msghdr *message, struct packet_control *room, const int *fds, size_t n_fds)
+{
+    size_t size = n_fds * sizeof(int);
+
+    if (!n_fds)
+        return;
+    message->msg_control = room->bytes;
+    message->msg_controllen = sizeof(room->bytes);
+    *CMSG_FIRSTHDR(message) =
+        (struct cmsghdr){.cmsg_len = CMSG_LEN(size), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(CMSG_FIRSTHDR(message)), fds, size);
+    message->msg_controllen = CMSG_SPACE(size);
+}
+
 int packet_send(int socket, const struct parcel *parcel, uint64_t deadline)
 {
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(PACKET_FDS_MAX * sizeof(int))] = {0};
+    struct packet_control control = {0};
     struct iovec parts[2] = {{parcel->head, parcel->head_size}, {(void *)(uintptr_t)parcel->body, parcel->body_size}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = parcel->body_size ? 2 : 1};
     struct pollfd polled = {.fd = socket, .events = POLLOUT};
 
     if (parcel->n_fds > PACKET_FDS_MAX)
         return -EINVAL;
-    if (parcel->n_fds) {
-        size_t size = parcel->n_fds * sizeof(int);
-
-        message.msg_control = control;
-        message.msg_controllen = sizeof(control);
-        *CMSG_FIRSTHDR(&message) =
-            (struct cmsghdr){.cmsg_len = CMSG_LEN(size), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-        memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), parcel->fds, size);
-        message.msg_controllen = CMSG_SPACE(size);
-    }
+    packet_add_fds(&message, &control, parcel->fds, parcel->n_fds);
     parcel->head->version = MPU_PROTOCOL_VERSION;
     parcel->head->length = (uint32_t)(parcel->head_size + parcel->body_size);
     while (sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/socket.h>
 #include <time.h>
 
 #define NS_PER_MS UINT64_C(1000000)
@@ -46,6 +47,14 @@ struct parcel {
     const int *fds;
     size_t n_fds;
 };
+
+/* Room for PACKET_FDS_MAX fds beside a message. */
+struct packet_control {
+    _Alignas(struct cmsghdr) char bytes[CMSG_SPACE(PACKET_FDS_MAX * sizeof(int))];
+};
+
+/* Have fds, at most PACKET_FDS_MAX, go with a message. The room must last until it is sent. */
+void packet_add_fds(struct msghdr *message, struct packet_control *room, const int *fds, size_t n_fds);
 
 /* Waits for room until the deadline; -EPIPE where the other end is gone, -ETIMEDOUT where there was no room. */
 int packet_send(int socket, const struct parcel *parcel, uint64_t deadline);

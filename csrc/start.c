@@ -88,8 +88,10 @@ static bool is_sensible(const struct options *options)
         return false;
     if (options->supervisor)
         return parse_socket(options->supervisor, SOCK_SEQPACKET) >= 0;
-    return !options->agent_fd || (parse_socket(options->agent_fd, SOCK_STREAM) >= 0 &&
-                                  parse_socket(options->control_fd, SOCK_SEQPACKET) >= 0);
+    if (options->agent_fd && options->control_fd)
+        return parse_socket(options->agent_fd, SOCK_STREAM) >= 0 &&
+               parse_socket(options->control_fd, SOCK_SEQPACKET) >= 0;
+    return true;
 }
 
 static bool parse(int argc, char **argv, struct options *options)
@@ -176,6 +178,8 @@ static int open_sockets(struct monitor *monitor, const struct options *options)
             complain("cannot take over from the monitor at %s: %s", options->take_over, strerror(-error));
         return error;
     }
+    if (!options->agent_fd || !options->control_fd) /* is_sensible() leaves no other way */
+        return -EINVAL;
     monitor->agent = inherit(options->agent_fd, SOCK_STREAM);
     monitor->control = inherit(options->control_fd, SOCK_SEQPACKET);
     return keeper_restore(monitor);
@@ -192,7 +196,7 @@ static void say_ready(const struct monitor *monitor)
 
 static void remove_socket(int fd)
 {
-    struct sockaddr_un address;
+    struct sockaddr_un address = {0};
     socklen_t size = sizeof(address);
 
     if (getsockname(fd, (struct sockaddr *)&address, &size) == 0 && address.sun_path[0])

@@ -64,19 +64,27 @@ static void check_params(const struct listener *listener, size_t size)
 /* The sequence and size of a request, and a packet that comes as an answer. */
 static void check_answer(struct input input)
 {
+    AUTO_FREE struct config *config = calloc(1, sizeof(*config));
     uint64_t sequence = take_number(&input, 1);
-    uint32_t size = (uint32_t)take_number(&input, 2), verdict = MPU_CONTINUE;
+    uint32_t size = (uint32_t)take_number(&input, 2);
+    struct mpu_answer answer = {0};
     int fds = open_fds(), ends[2], error;
     AUTO_FREE struct listener *listener = NULL;
+    struct call call = {.config = config};
 
-    EXPECT(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
+    EXPECT(config && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
+    config->n_controls = 1;
+    config->controls[0] = (struct mpu_control){.cmd = 1, .size = size};
+    call.control = &config->controls[0];
     listener = make_listener(ends[0]);
-    EXPECT(take_answer(listener, sequence, size, &verdict) == -EAGAIN);
+    EXPECT(take_answer(listener, &call, sequence, &answer) == -EAGAIN);
     EXPECT(send(ends[1], input.at, input.left, MSG_NOSIGNAL) == (ssize_t)input.left);
-    error = take_answer(listener, sequence, size, &verdict);
+    error = take_answer(listener, &call, sequence, &answer);
     EXPECT(error == 0 || error == -EPROTO || error == -ESTALE || (error == -EPIPE && !input.left));
-    EXPECT(verdict == MPU_CONTINUE || (verdict == MPU_PROCEED && (error || input.left >= size)));
-    check_params(listener, !error && verdict == MPU_PROCEED ? size : 0);
+    EXPECT(error || answer.verdict == MPU_CONTINUE || answer.size == size);
+    EXPECT(error || answer.verdict <= MPU_PERFORM);
+    check_params(listener, !error && answer.verdict == MPU_PROCEED ? size : 0);
+    free(call.more);
     close(ends[0]);
     close(ends[1]);
     EXPECT(open_fds() == fds);
@@ -100,7 +108,7 @@ static void check_empty(struct input input)
     memcpy(listener->params, input.at, input.left < control.size ? input.left : control.size);
     if (!translate_empty(listener, &call))
         return;
-    EXPECT(!control.asks);
+    EXPECT(!control.asks && control.table_size);
     for (uint32_t i = 0; i < control.table_size; i++)
         EXPECT(listener->params[control.table_at + i] == 0);
 }

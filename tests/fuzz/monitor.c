@@ -1,7 +1,8 @@
-/* What a supervisor sends: packets, each with its length (2 bytes), how many fds go with it (1), and its bytes. */
-#define main monitor_main
+/*
+ * What a supervisor sends, or who connects to the control socket, by the first bit: packets, each with its length (2
+ * bytes), how many fds go with it (1), and its bytes.
+ */
 #include "../../csrc/monitor.c"
-#undef main
 
 #include "fuzz.h"
 
@@ -35,9 +36,12 @@ static void check_config(const struct config *config)
     for (uint32_t i = 0; i < config->n_controls; i++) {
         const struct mpu_control *control = &config->controls[i];
 
-        EXPECT(control->size <= MPU_MAX_PARAMS);
+        uint64_t behind = (uint64_t)control->entry_size * control->n_entries, whole = control->size + behind;
+
+        EXPECT(whole <= MPU_MAX_PARAMS);
         EXPECT(control->size >= sizeof(uint32_t) && control->count_at <= control->size - sizeof(uint32_t));
-        EXPECT(control->table_at <= control->size && control->table_size <= control->size - control->table_at);
+        EXPECT(control->table_at <= whole && control->table_size <= whole - control->table_at);
+        EXPECT(!control->entry_size || control->pointer_at + sizeof(uint64_t) <= control->size);
     }
 }
 
@@ -58,18 +62,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                               .told = PTHREAD_COND_INITIALIZER,
                               .config = calloc(1, sizeof(struct config)),
                               .supervisor = -1,
+                              .newcomer = -1,
+                              .predecessor = -1,
+                              .successor = -1,
                               .control = -1,
-                              .agent = -1};
+                              .agent = -1,
+                              .wake = -1};
     AUTO_FREE struct packet *packet = malloc(sizeof(*packet));
     struct input input = {data, size};
     int fds = open_fds(), ends[2];
 
     EXPECT(packet && monitor.config && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
-    EXPECT(greet(&monitor, ends[0]) == 0);
-    while (input.left && monitor.supervisor >= 0) {
+    EXPECT(monitor_greet(&monitor, ends[0]) == 0);
+    *(take_number(&input, 1) & 1 ? &monitor.newcomer : &monitor.supervisor) = ends[0];
+    while (input.left && (monitor.newcomer >= 0 || monitor.supervisor >= 0)) {
         send_packet(ends[1], &input);
-        serve_supervisor(&monitor, packet);
+        if (monitor.newcomer >= 0)
+            serve_newcomer(&monitor, packet);
+        else
+            serve_supervisor(&monitor, packet);
     }
+    drop_newcomer(&monitor);
+    EXPECT(monitor.yielding == (monitor.successor >= 0));
+    lose_successor(&monitor);
     EXPECT(monitor.has_supervisor == (monitor.supervisor >= 0 && monitor.configured));
     if (monitor.supervisor >= 0)
         lose_supervisor(&monitor);

@@ -265,6 +265,18 @@ def test_a_channel_on_which_nonsense_comes_is_hung_up(scene: Scene, nonsense: by
     assert scene.caller.line() == scene.what_the_driver_says("x")
 
 
+def test_an_answer_to_what_nobody_asked_is_nonsense_to_a_monitor_that_waits_for_a_late_one(scene: Scene) -> None:
+    scene.ask("x", Step.OUT)
+    assert scene.caller.line() == scene.what_the_driver_says("x")
+    assert scene.channel.outcome() is Cause.SUPERVISOR_SILENT
+    with socket.socket(fileno=os.dup(scene.channel.channel.fileno())) as raw:
+        body = struct.pack(ANSWER_BODY, 0, 1, 0, 0, 0)
+        raw.send(header(16 + len(body), ANSWER) + body)
+    for _ in range(2):
+        scene.caller.poke()
+        assert scene.caller.line() == scene.what_the_driver_says("x")
+
+
 @pytest.mark.parametrize("nonsense", NONSENSE_TO_THE_MONITOR.values(), ids=NONSENSE_TO_THE_MONITOR)
 def test_a_supervisor_that_speaks_nonsense_is_not_heard_again(scene: Scene, nonsense: bytes) -> None:
     scene.ask("x", Step.OUT)
