@@ -53,6 +53,7 @@ class Guest:
         self._pending = b""
         self._process = subprocess.Popen(
             _qemu(self._console.fileno()),
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._console,
@@ -69,9 +70,13 @@ class Guest:
         """Run a command as root, its output shown as it comes; GuestError, and no more guest, after so long."""
         mark = uuid.uuid4().hex
         here = ["env", f"PATH={get_path('scripts')}:{_PATH}", *map(str, command)]
+        line = shlex.join(here)
+        assert "\n" not in line, "a line is a command"
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{mark} {shlex.join(here)}\n".encode())
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(f"{mark} {line}\n".encode())
+        except BrokenPipeError as error:
+            raise GuestError("the guest is off: something before this has ended it") from error
         deadline = time.monotonic() + seconds
         lines: list[str] = []
         while True:
@@ -113,6 +118,7 @@ class Guest:
             came = os.read(port, 1 << 16) if select.select([port], [], [], left)[0] else None
             if not came:
                 self._process.kill()
+                self._process.wait()
                 what = "went off" if came == b"" else "did not answer in time"
                 tail = "\n".join(self.console().splitlines()[-_CONSOLE_TAIL:])
                 raise GuestError(f"the guest {what}; its console showed last:\n{tail}")

@@ -263,10 +263,19 @@ def _smi(branch: str, *options: str) -> list[str]:
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()
 
 
+@contextmanager
+def _proc_driver() -> Iterator[None]:
+    """What the driver tells is where programs look for it: in the /proc that is mounted here."""
+    subprocess.run(["mount", "--bind", _PROC_DRIVER, "/proc/driver"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "/proc/driver"], check=True)
+
+
 def client(branch: str) -> dict[str, object]:
     """Use the GPU, and have nvidia-smi list who does."""
-    subprocess.run(["mount", "--bind", _PROC_DRIVER, "/proc/driver"], check=True)
-    with _workload("trainer", 64) as trainer, _workload("renderer", 96) as renderer:
+    with _proc_driver(), _workload("trainer", 64) as trainer, _workload("renderer", 96) as renderer:
         used = [[trainer, "trainer", 64], [renderer, "renderer", 96]]
         return {"used": used, "listed": _smi(branch, *_QUERY), "table": _smi(branch)}
 
@@ -279,14 +288,13 @@ def clients(branch: str, era: str) -> dict[str, object]:
         options += ["--old-alloc", "--chip", "ampere"]  # the last chip that it knows
     told = _PROC_DRIVER / "nvidia"
     told.mkdir(parents=True, exist_ok=True)
-    (told / "version").write_text(
-        f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {_version(branch)}  Release Build\n"
-    )
+    what = "NVIDIA UNIX x86_64 Kernel Module" if era == "host" else "NVIDIA UNIX Open Kernel Module for x86_64"
+    (told / "version").write_text(f"NVRM version: {what}  {_version(branch)}  Release Build\n")
     (told / "params").write_text(_PARAMS)
-    with StandIn(*options, devices=True), _process(lambda: _use(0, 512, "C")):
+    with _proc_driver(), StandIn(*options, devices=True), _process(lambda: _use(0, 512, "C")):
         return {
             "unaided": _last_json("unshare", "--pid", "--fork", "--mount-proc", *this),
-            "aided": _last_json("mpu-notify", "run", "--translate", "always", "--", *this),
+            "aided": _last_json("mpu-notify", "run", "--", *this),
         }
 
 
