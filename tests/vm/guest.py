@@ -26,7 +26,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BOOT_SECONDS = 60
 _OFF_SECONDS = 10
 _MEMORY_MIB = 1536
-_CONSOLE_TAIL = 40
+_CONSOLE_TAIL = 100  # a panic has some 40
 
 
 class GuestError(Exception):
