@@ -505,6 +505,7 @@ static void supervise(struct listener *listener, const struct config *config, co
     enum mpu_cause cause = MPU_SIZE_UNKNOWN;
     int error;
 
+    listener_take_channel(listener); /* the same for all of the call, too */
     if (table_find(config, glanced->cmd, glanced->params_size))
         cause = translate(listener, &call);
     error = reply(listener, cause == MPU_TRANSLATED ? 0 : (uint32_t)SECCOMP_USER_NOTIF_FLAG_CONTINUE);

@@ -73,6 +73,8 @@ static void listener_free(struct listener *listener)
         close(listener->slot_fd);
     if (listener->channel >= 0)
         close(listener->channel);
+    if (listener->fresh >= 0)
+        close(listener->fresh);
     if (listener->slot)
         slot_unmap(listener->slot);
     free(listener->response);
@@ -125,10 +127,24 @@ static void listener_begin(struct listener *listener)
     listener->running = true;
 }
 
+void listener_take_channel(struct listener *listener)
+{
+    LOCKED(&listener->monitor->lock);
+
+    if (listener->fresh < 0)
+        return;
+    if (listener->channel >= 0)
+        close(listener->channel);
+    listener->channel = listener->fresh;
+    listener->fresh = -1;
+    listener->silent_until = 0;
+}
+
 static void say_end(struct listener *listener)
 {
     struct mpu_ended ended = {.header = {.type = MPU_ENDED}, .counts = listener->slot->counts};
 
+    listener_take_channel(listener);
     listener_tell(listener, &ended.header, sizeof(ended), now_ns(CLOCK_MONOTONIC) + END_WAIT_MS * NS_PER_MS);
 }
 
@@ -192,18 +208,6 @@ static int listener_link(struct listener *listener)
     return 0;
 }
 
-/* A channel with nobody at its other end, until a supervisor is given that. */
-static int open_channel(struct listener *listener)
-{
-    int ends[2];
-
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
-        return -errno;
-    listener->channel = ends[0];
-    close(ends[1]);
-    return 0;
-}
-
 int listener_create(struct monitor *monitor, const int files[LISTENER_FILES], struct listener **created)
 {
     struct listener *listener = calloc(1, sizeof(*listener));
@@ -219,10 +223,8 @@ int listener_create(struct monitor *monitor, const int files[LISTENER_FILES], st
     listener->fd = files[FILE_LISTENER];
     listener->state = files[FILE_STATE];
     listener->slot_fd = files[FILE_SLOT];
-    listener->channel = -1;
+    listener->channel = listener->fresh = -1;
     error = listener_allocate(listener);
-    if (!error)
-        error = open_channel(listener);
     /* Kernels before 6.6 refuse, and are only slower. */
     if (!error)
         ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_SET_FLAGS, (uint64_t)SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);

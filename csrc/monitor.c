@@ -83,12 +83,12 @@ static int announce(struct monitor *monitor, struct listener *listener)
         listener->announced = !error;
         return error;
     }
-    /* In place, because its thread may be using it; first, because a call may come as soon as the supervisor knows. */
-    error = dup3(ends[0], listener->channel, O_CLOEXEC) < 0 ? -errno : 0;
-    if (!error)
-        error = say(monitor, &attached.header, sizeof(attached),
-                    (int[]){ends[1], listener->fd, listener->state, listener->slot_fd}, 1 + LISTENER_FILES);
-    close(ends[0]);
+    /* First, because a call may come as soon as the supervisor knows. */
+    if (listener->fresh >= 0)
+        close(listener->fresh);
+    listener->fresh = ends[0];
+    error = say(monitor, &attached.header, sizeof(attached),
+                (int[]){ends[1], listener->fd, listener->state, listener->slot_fd}, 1 + LISTENER_FILES);
     close(ends[1]);
     listener->announced = !error;
     return error;
@@ -176,6 +176,8 @@ static void lose_supervisor(struct monitor *monitor)
     pthread_cond_broadcast(&monitor->told);
     for (struct listener *at = monitor->listeners; at; at = at->next) {
         shutdown(at->channel, SHUT_RDWR);
+        if (at->fresh >= 0)
+            shutdown(at->fresh, SHUT_RDWR);
         at->announced = false;
     }
 }

@@ -35,7 +35,8 @@ struct listener {
     int fd;
     int state;      /* memfd with the ContainerProcessState that it came with */
     int slot_fd;    /* memfd of `slot` */
-    int channel;    /* our end; hung up on where there is no supervisor or it spoke nonsense */
+    int channel;    /* our end; -1 at first, hung up on where there is no supervisor or it spoke nonsense */
+    int fresh;      /* -1, or the next channel's: of a supervisor that came since; guarded by the monitor's lock */
     bool announced; /* to the supervisor; guarded by the monitor's lock */
     bool running;   /* `thread` is set; guarded by the monitor's lock */
     pthread_t thread;
@@ -108,6 +109,9 @@ void call_handle(struct listener *listener);
 
 /* Leave to the driver the call that another monitor received into listener->notif, if it was not answered. */
 void call_leave(struct listener *listener);
+
+/* Of a supervisor that has come, take the channel for what is said from now on: it has been silent to nobody. */
+void listener_take_channel(struct listener *listener);
 
 /* Send the supervisor a packet on the listener's channel. */
 int listener_tell(struct listener *listener, struct mpu_header *head, size_t head_size, uint64_t deadline);

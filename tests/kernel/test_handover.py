@@ -18,10 +18,21 @@ from pathlib import Path
 import pytest
 
 from mpu_notify.notify import protocol
-from mpu_notify.notify.monitor import PROGRAM, replace_daemon
+from mpu_notify.notify.monitor import PROGRAM, Monitor, identify, replace_daemon, start_daemon
+from mpu_notify.notify.protocol import Cause, Step
+from mpu_notify.supervisor.service import MONITORED
 
 from .conftest import StartStandIn
-from .harness import SECONDS, Caller, caller_host_pid, eventually, kill_and_wait_for, stop_and_wait_for, under_filter
+from .harness import (
+    SECONDS,
+    Caller,
+    ScriptedChannel,
+    caller_host_pid,
+    eventually,
+    kill_and_wait_for,
+    stop_and_wait_for,
+    under_filter,
+)
 from .test_serve import Daemon, ask, untranslated, up
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -238,6 +249,80 @@ def test_a_second_supervisor_is_left_in_peace_by_the_first_one_when_that_wakes_u
     assert daemon.says("another supervisor has taken this one's place")
     assert ask(caller) == "pids= 1"
     assert daemon.process.poll() is None
+
+
+class ShiftOfSupervisors:
+    """A daemon's monitor, before which one supervisor after the other is the test."""
+
+    def __init__(self, directory: Path, node: Path, silence_ms: int) -> None:
+        self.control = directory / "agent.control"
+        self.node, self.silence_ms = node, silence_ms
+        start_daemon(directory / "agent.sock", self.control)
+        self.present = self._connect()
+
+    def _connect(self) -> Monitor:
+        monitor = Monitor.connect(self.control, identify(self.node), MONITORED, self.silence_ms)
+        assert monitor is not None
+        return monitor
+
+    def attach(self, caller: Caller) -> ScriptedChannel:
+        self.present.attach(caller.listener, b"{}")
+        return self.channel()
+
+    def channel(self) -> ScriptedChannel:
+        arrival = self.present.receive()
+        assert arrival is not None
+        arrival.files.close()
+        return ScriptedChannel(arrival.channel)
+
+    def change(self) -> ScriptedChannel:
+        """The next supervisor takes over, with the only listener that there is."""
+        former, self.present = self.present, self._connect()
+        channel = self.channel()
+        former.close()
+        return channel
+
+    def end(self) -> None:
+        self.present.leave()
+        self.present.close()
+        eventually(lambda: not self.control.exists(), "the monitor ended")
+
+
+@pytest.fixture
+def shift(tmp_path: Path, standin: StartStandIn, silence_ms: int) -> Iterator[ShiftOfSupervisors]:
+    started = ShiftOfSupervisors(tmp_path, standin("--era", "host").control_node, silence_ms)
+    yield started
+    started.end()
+
+
+@pytest.mark.parametrize("silence_ms", [2 * 1000])
+def test_a_new_supervisor_is_asked_at_once_however_silent_the_one_before_was(
+    shift: ShiftOfSupervisors, caller_program: Path
+) -> None:
+    with under_filter(caller_program, shift.node.parent, "on_demand") as caller:
+        silent = shift.attach(caller)
+        up(caller)
+        caller.poke()
+        silent.up_to(Step.OUT)
+        assert caller.line() == untranslated(caller)
+        assert silent.outcome() is Cause.SUPERVISOR_SILENT
+        fresh = shift.change()
+        caller.poke()
+        assert fresh.pass_all_on() is Cause.TRANSLATED
+
+
+@pytest.mark.parametrize("silence_ms", [60 * 1000])
+def test_a_call_that_waits_for_a_supervisor_does_not_wait_for_its_successor(
+    shift: ShiftOfSupervisors, caller_program: Path
+) -> None:
+    with under_filter(caller_program, shift.node.parent, "on_demand") as caller:
+        waited_for = shift.attach(caller)
+        up(caller)
+        for _ in range(10):
+            caller.poke()
+            waited_for.up_to(Step.OUT)
+            waited_for = shift.change()
+            assert caller.line() == untranslated(caller)
 
 
 def test_a_private_monitor_that_is_killed_is_replaced(standin: StartStandIn, caller_program: Path) -> None:
