@@ -158,7 +158,7 @@ class _Monitors:
 
     def another(self, lost: Monitor) -> Monitor:
         """After one was lost. Its sockets live on in ours, so those who connect meanwhile wait. Raises MonitorError."""
-        if self._may_start and lost.sockets is not None and not lost.is_kept and not lost.is_alive():
+        if self._may_start and lost.sockets is not None and not lost.is_kept and lost.has_ended():
             start_daemon_on(lost.sockets)
         return self._found(self._connect())
 

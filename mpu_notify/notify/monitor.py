@@ -23,6 +23,7 @@ PROGRAM = Path(__file__).parent.parent / "_bin" / "mpu-notify-monitor"
 DEFAULT_SILENCE_MS = 1000
 
 _ANSWER_SECONDS = 10.0
+_ENDING_SECONDS = 1.0
 _ATTACHED_FDS = 4  # channel, listener, state and slot, protocol.h
 _SERVICE_MANAGERS = frozenset({"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"})
 _HELLO_FDS = 2  # agent and control, protocol.h
@@ -152,6 +153,7 @@ class Monitor:
     ) -> None:
         self._socket = connection
         self._pidfd = -1
+        self._moved = False
         self.silence_ms = silence_ms
         self.process = process
         self.pid = 0
@@ -224,9 +226,13 @@ class Monitor:
         """The socket's fd, for select."""
         return self._socket.fileno()
 
-    def is_alive(self) -> bool:
-        """Whether its process lives, or the one in its place, whatever has become of the connection."""
-        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+    def has_ended(self) -> bool:
+        """Whether its process has ended, or the one in its place, now that the connection has.
+
+        Of a process that is killed the connection ends first: one that was not replaced is waited for.
+        """
+        seconds = 0 if self._moved else _ENDING_SECONDS
+        return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], seconds)[0])
 
     def attach(self, fd: int, state: bytes) -> None:
         """Have a listener served; it comes back by `receive`. The fd stays open here."""
@@ -290,6 +296,7 @@ class Monitor:
     def _heed(self, last: protocol.Moved | None) -> None:
         """From now on its process is the one that has taken its place."""
         if last is not None:
+            self._moved = True
             if self._pidfd >= 0:
                 os.close(self._pidfd)
             self._pidfd = _pidfd(last.pid)

@@ -75,6 +75,17 @@ def test_a_killed_monitor_is_replaced_and_no_call_fails(daemon: Daemon, caller: 
         eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
 
 
+def test_no_caller_waits_for_another_monitor_for_long(daemon: Daemon, caller: Caller) -> None:
+    """Of a killed process the connections may end a little before it does."""
+    longest = 0.0
+    for _ in range(40):
+        begun = time.monotonic()
+        kill_and_wait_for(daemon.find_monitor())
+        eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
+        longest = max(longest, time.monotonic() - begun)
+    assert longest < 5, "a refusal to answer takes 10 seconds to notice"
+
+
 def test_a_call_that_a_killed_monitor_had_received_is_left_to_the_driver(daemon: Daemon, caller: Caller) -> None:
     monitor = daemon.find_monitor()
     os.kill(daemon.driver, signal.SIGSTOP)
