@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -49,7 +50,7 @@ class CommandError(MpuNotifyError):
     """The command could not be executed; `status` is what a shell would exit with (127 not found, 126 otherwise)."""
 
     def __init__(self, command: str, number: int) -> None:
-        super().__init__(f"cannot run {command}: {os.strerror(number)}")
+        super().__init__(f"cannot run {shlex.quote(command)}: {os.strerror(number)}")
         self.status = 127 if number in (errno.ENOENT, errno.ENOTDIR) else 126
 
 
@@ -187,13 +188,21 @@ def _is_broken(pipe: int) -> bool:
 
 def _exec(command: Sequence[str], forwarding: Forwarding, report: int) -> int:
     forwarding.restore()
+    _say(report, f"exec {_become(command)}")
+    return 1
+
+
+def _become(command: Sequence[str]) -> int:
+    """Execute a command in the place of this process; returns the errno where that fails."""
+    if not command[0]:
+        return errno.ENOENT  # as execvp(3) says; Python does not even try
     try:
         os.execvp(command[0], list(command))  # noqa: S606 - what we are for
     except OSError as error:
         if error.errno == errno.ENOEXEC:  # a script without a first line that says whose: as execvp(3) does
-            os.execv("/bin/sh", ["sh", _found(command[0]), *command[1:]])  # noqa: S606
-        _say(report, f"exec {error.errno}")
-    return 1
+            with suppress(OSError):
+                os.execv("/bin/sh", ["sh", _found(command[0]), *command[1:]])  # noqa: S606
+        return error.errno or errno.EIO  # it always has one
 
 
 def _found(program: str) -> str:

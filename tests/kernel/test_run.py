@@ -91,6 +91,27 @@ def test_a_program_that_cannot_be_executed_is_126_and_named(run: Run) -> None:
     assert (done.returncode, done.stderr) == (126, "mpu-notify: cannot run /etc/passwd: Permission denied\n")
 
 
+def test_a_program_without_a_name_is_127_and_named(run: Run) -> None:
+    done = run("")
+    assert (done.returncode, done.stderr) == (127, "mpu-notify: cannot run '': No such file or directory\n")
+
+
+def test_a_script_without_an_interpreter_line_is_126_where_there_is_no_sh(run: Run, tmp_path: Path) -> None:
+    script, nothing = tmp_path / "script", tmp_path / "nothing"
+    script.touch(mode=0o755)
+    nothing.touch(mode=0o600)
+    hide = f'mount --bind {nothing} "$(readlink -f /bin/sh)" && exec mpu-notify run {script}'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", hide],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=run.environment,  # type: ignore[call-overload]
+    )
+    assert (done.returncode, done.stderr) == (126, f"mpu-notify: cannot run {script}: Exec format error\n")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--"], ["--no-such-option", "true"], ["--translate", "maybe", "true"]])
 def test_wrong_usage_is_2_and_explained(run: Run, arguments: list[str]) -> None:
     done = run(*arguments)
