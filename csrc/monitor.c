@@ -268,6 +268,16 @@ static void serve_newcomer(struct monitor *monitor, struct packet *packet)
         packet_close(packet);
 }
 
+/* One that was told to end says LEAVE before, and one that is replaced, or goes to another monitor, knows of it. */
+static void complain_of_end(struct monitor *monitor)
+{
+    LOCKED(&monitor->lock);
+
+    if (monitor->listeners && !monitor->leaving)
+        complain("the supervisor has ended: calls go to the driver untranslated%s",
+                 monitor->control < 0 ? "" : " until there is another");
+}
+
 static void serve_supervisor(struct monitor *monitor, struct packet *packet)
 {
     int error = packet_receive(monitor->supervisor, packet);
@@ -280,6 +290,8 @@ static void serve_supervisor(struct monitor *monitor, struct packet *packet)
     }
     if (error == -EPROTO)
         complain_of_nonsense("the supervisor", packet, "answering continue from now on");
+    if (error == -EPIPE)
+        complain_of_end(monitor);
     if (error)
         lose_supervisor(monitor);
 }

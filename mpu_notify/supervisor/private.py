@@ -71,9 +71,12 @@ def _run(handover: socket.socket, service: Service, confined: bytes) -> int:
         with monitor:
             handover.send(SERVED)
             supervisor = Supervisor(monitor, watch=service.watch, reconnect=lambda lost: _another(lost, service))
-            if not _take_listener(handover, supervisor, service.name):
-                return 1
-            supervisor.serve_until_idle()
+            try:
+                if not _take_listener(handover, supervisor, service.name):
+                    return 1
+                supervisor.serve_until_idle()
+            finally:
+                supervisor.monitor.leave()
     except (MonitorError, ProtocolError, OSError) as error:
         event(log, logging.ERROR, "supervisor ends", container=service.name, reason=str(error))
         return 1
