@@ -27,10 +27,15 @@ endef
 
 build: $(VENV)/.built
 
-$(VENV)/.built: pyproject.toml setup.py $(wildcard csrc/*) | packages
+# With what the tests and the linters need; the command alone does without.
+$(VENV)/.built: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*) | packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cffi>=1.17'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
 	touch $@
 
 packages:
@@ -39,7 +44,7 @@ packages:
 tools: | packages
 	$(call install,$(TOOLS))
 
-demo: build
+demo: $(VENV)/.installed
 	@$(BIN)/mpu-notify demo
 
 lint: build analyse

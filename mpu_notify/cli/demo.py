@@ -166,8 +166,9 @@ def _explanation(driver: Driver) -> str:
             "If the two answers of container blue are alike, this driver translates PIDs by itself (open flavour,\n"
             "570.148.08, 575.57.08 or later); if the first has no rows, it is one of those that need mpu-notify."
         )
+    ours = "mpu-notify" if shutil.which("mpu-notify") else sys.argv[0]
     return (
         "Without, the container is told host PIDs, its neighbours' too; none of them exists inside (NAME is -).\n"
         "With mpu-notify it sees its own GPU processes by its own PIDs, and only these.\n"
-        "Try it: mpu-notify run nvidia-smi"
+        f"Try it: {ours} run nvidia-smi"
     )
