@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from mpu_notify.cli import options
@@ -58,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 on failure, 2 on usage, or that of `run`'s command."""
     _occupy_standard_fds()
     words = sys.argv[1:] if arguments is None else arguments
-    # A verb's modules are loaded only for that verb: they would be most of its start-up time.
-    args = parser(words[:1] if words and words[0] in VERBS else VERBS).parse_args(words)
+    with _interrupts_end_us():
+        # A verb's modules are loaded only for that verb: they would be most of its start-up time.
+        args = parser(words[:1] if words and words[0] in VERBS else VERBS).parse_args(words)
     try:
         status: int = args.func(args)
         if sys.stdout is not None:
@@ -78,6 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         on = f": {error.filename}" if error.filename else ""
         return options.complain(f"the system refused: {error.strerror}{on}", 1)
     return status
+
+
+@contextmanager
+def _interrupts_end_us() -> Iterator[None]:
+    """While modules are loaded, without a word: Python's exception would be shown at length, or lost in one of them."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _occupy_standard_fds() -> None:

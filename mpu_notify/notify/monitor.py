@@ -235,11 +235,11 @@ class Monitor:
         return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], seconds)[0])
 
     def attach(self, fd: int, state: bytes) -> None:
-        """Have a listener served; it comes back by `receive`. The fd stays open here."""
+        """Have a listener served; it comes back by `receive`. The fd stays open here. Raises MonitorError."""
         memory = os.memfd_create("mpu-notify state")
         try:
             os.write(memory, state)
-            socket.send_fds(self._socket, [protocol.attach()], [fd, memory])
+            self._give(protocol.attach(), [fd, memory])
         finally:
             os.close(memory)
 
@@ -248,8 +248,11 @@ class Monitor:
 
         Raises MonitorError.
         """
+        self._give(protocol.adopt(), list(files))
+
+    def _give(self, packet: bytes, fds: list[int]) -> None:
         try:
-            socket.send_fds(self._socket, [protocol.adopt()], list(files))
+            socket.send_fds(self._socket, [packet], fds)
         except OSError as error:
             raise MonitorError(f"the monitor does not take a listener: {error.strerror}") from error
 

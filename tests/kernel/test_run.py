@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -259,8 +260,17 @@ def test_a_script_without_an_interpreter_line_is_run_by_sh(run: Run, tmp_path: P
     assert run(script, "5").returncode == 5
 
 
+@pytest.mark.parametrize("under_way", [0, 40])
 @pytest.mark.parametrize("limit", [6, 8, 10, 12, 16])
-def test_with_few_files_it_works_or_says_so_in_one_line(run: Run, limit: int) -> None:
+def test_with_few_files_it_works_or_says_so_in_one_line(run: Run, limit: int, under_way: int) -> None:
+    """Those on their way through sockets of the same user count as well."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(ours, [b"x"], [ours.fileno()] * under_way)
+        _with_few_files(run, limit)
+
+
+def _with_few_files(run: Run, limit: int) -> None:
     done = subprocess.run(
         ["sh", "-c", f"ulimit -n {limit}; exec mpu-notify run sh -c 'exit 3'"],
         capture_output=True,
@@ -276,7 +286,9 @@ def test_an_interrupt_at_any_moment_of_the_start_is_an_interrupt(run: Run) -> No
     statuses = set()
     for number in range(16):
         with run.start("sleep", "1000") as process:
-            time.sleep(0.06 + 0.005 * number)
+            maps = Path(f"/proc/{process.pid}/maps")
+            eventually(lambda maps=maps: "_native" in maps.read_text(), "our own code runs")
+            time.sleep(0.005 * number)
             process.send_signal(signal.SIGINT)
             statuses.add(process.wait(SECONDS))
     assert statuses <= {-signal.SIGINT, 130}
