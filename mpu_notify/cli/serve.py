@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -150,11 +153,28 @@ class _Monitors:
             self._agent.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         except OSError as error:
             raise MonitorError(f"cannot make {self._agent.parent} for the socket: {error.strerror}") from error
-        monitor = self._connect()
-        if monitor is None and self._may_start:
-            start_daemon(self._agent, self._control)
+        if not self._may_start:
+            return self._found(self._connect())
+        with self._alone():
             monitor = self._connect()
+            if monitor is None:
+                start_daemon(self._agent, self._control)
+                monitor = self._connect()
         return self._found(monitor)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One at a time: of two that both found no monitor, each would start one, and take the other's sockets away."""
+        place = self._agent.with_suffix(".lock")
+        try:
+            lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise MonitorError(f"cannot open {place}, for one serve to start at a time: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def another(self, lost: Monitor) -> Monitor:
         """After one was lost. Its sockets live on in ours, so those who connect meanwhile wait. Raises MonitorError."""

@@ -198,6 +198,44 @@ def test_a_second_supervisor_takes_the_place_of_the_first(daemon: Daemon, caller
     eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
 
 
+def test_of_several_that_start_at_once_one_stays_and_all_have_the_same_monitor(
+    standin: StartStandIn, tmp_path: Path
+) -> None:
+    node = standin("--era", "host").control_node
+    command = ["mpu-notify", "serve", "--listen", tmp_path / "agent.sock", "--device", node]
+
+    def monitors() -> list[int]:
+        wanted = os.fsencode(tmp_path / "agent.control")
+        return [int(one.parent.name) for one in Path("/proc").glob("[0-9]*/cmdline") if wanted in _bytes(one)]
+
+    for _ in range(5):
+        started = []
+        for number in range(4):
+            with (tmp_path / f"said-{number}").open("w") as said:  # no pipe: the monitor has it, too, and lives on
+                started.append(subprocess.Popen(command, stdout=said, stderr=said))
+
+        def staying(started: list[subprocess.Popen[bytes]] = started) -> list[int]:
+            return [number for number, one in enumerate(started) if one.poll() is None]
+
+        try:
+            eventually(lambda staying=staying: len(staying()) == 1, "one stays")
+            assert len(monitors()) == 1
+            for number in {*range(4)} - {*staying()}:
+                assert "another supervisor has taken this one's place" in (tmp_path / f"said-{number}").read_text()
+        finally:
+            for one in started:
+                one.terminate()
+                one.wait(SECONDS)
+            eventually(lambda: not monitors(), "the monitor ends as well")
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 @pytest.mark.parametrize(
     ("message", "why"),
     [
