@@ -7,7 +7,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from mpu_notify.notify import protocol
@@ -90,7 +90,6 @@ class Container:
     threads: Threads | None = None
     answered: Translated | None = None
     steps: Steps[bytes | None] | None = None
-    causes: OncePer = field(default_factory=OncePer)
 
     def forget_call(self) -> None:
         """Close what the call under way holds."""
@@ -118,6 +117,7 @@ class Supervisor:
         self._watch = watch
         self._reconnect = reconnect
         self._containers: dict[int, Container] = {}  # by the listener's identity
+        self._causes = OncePer()  # a container has a listener for each exec, too
         self._awake_until = 0.0
         self._ready = selectors.DefaultSelector()
         self._ready.register(monitor, selectors.EVENT_READ)
@@ -301,7 +301,7 @@ class Supervisor:
         container.forget_call()
         event(log, logging.DEBUG, "call", **shown)
         about = outcome.cmd if outcome.cause is Cause.SIZE_UNKNOWN else None
-        if outcome.cause in EXPLANATIONS and container.causes.first((outcome.cause, about)):
+        if outcome.cause in EXPLANATIONS and self._causes.first((container.name, outcome.cause, about)):
             reason = EXPLANATIONS[outcome.cause]
             event(log, logging.WARNING, "not translated, the driver's own answer stands", reason=reason, **shown)
 

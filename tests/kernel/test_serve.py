@@ -155,6 +155,19 @@ def test_what_a_native_driver_gets_right_is_left_to_it(
         daemon.end()
 
 
+def test_each_cause_is_warned_of_once_however_many_execs_a_container_has(daemon: Daemon, caller_program: Path) -> None:
+    for number in range(3):
+        with under_filter(caller_program, daemon.node.parent, "flags") as caller:
+            daemon.attach(caller)
+            caller.go()
+            assert caller.line().startswith("ret=0")
+            caller.end()
+        ended = number + 1
+        eventually(lambda ended=ended: daemon.log.read_text().count(" info ended ") == ended, "it has ended")
+    assert daemon.log.read_text().count("outcome=flags_set") == 4, "each call, and one warning"
+    assert daemon.log.read_text().count(" warning ") == 1
+
+
 def test_a_container_is_known_by_our_metadata(daemon: Daemon, caller: Caller) -> None:
     metadata = json.dumps({"container": "blue", "route": "shim"})
     daemon.send(json.dumps({**STATE, "metadata": metadata}).encode(), caller.listener)
