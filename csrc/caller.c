@@ -11,9 +11,11 @@
 #include <linux/kcmp.h>
 #include <linux/seccomp.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -91,7 +93,9 @@ int caller_glance(pid_t tid, uint64_t address, void *buffer, size_t size)
 _Noreturn static void open_in_child(int user_namespace, const char *path, int flags, int socket)
 {
     struct mpu_header nothing = {0};
-    int fd = setns(user_namespace, CLONE_NEWUSER) ? -1 : open(path, flags | O_CLOEXEC);
+    /* It has every listener of ours: where it hangs in the open, it must not keep their callers waiting after us. */
+    int fd =
+        setns(user_namespace, CLONE_NEWUSER) || prctl(PR_SET_PDEATHSIG, SIGKILL) ? -1 : open(path, flags | O_CLOEXEC);
     struct parcel parcel = {.head = &nothing, .head_size = sizeof(nothing), .fds = &fd, .n_fds = 1};
 
     _exit(fd < 0 || packet_send(socket, &parcel, 0));

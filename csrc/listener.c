@@ -246,7 +246,7 @@ void listener_await_supervisor(struct listener *listener)
     LOCKED(&monitor->lock);
     int error = 0;
 
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += 1;
     while (monitor->has_supervisor && !listener->announced && !error)
         error = pthread_cond_timedwait(&monitor->told, &monitor->lock, &until);

@@ -35,6 +35,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/utsname.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BACKLOG 256
@@ -241,6 +242,20 @@ static void raise_fd_limit(void)
     }
 }
 
+/* Waits on it end by CLOCK_MONOTONIC: no change of the machine's time makes them longer. */
+static int init_told(pthread_cond_t *told)
+{
+    pthread_condattr_t attributes;
+    int error = pthread_condattr_init(&attributes);
+
+    if (error)
+        return -error;
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    error = pthread_cond_init(told, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return -error;
+}
+
 static int set_up(struct monitor *monitor, const struct options *options)
 {
     struct utsname running;
@@ -256,7 +271,7 @@ static int set_up(struct monitor *monitor, const struct options *options)
     monitor->signals = prepare_signals();
     monitor->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     monitor->config = calloc(1, sizeof(struct config)); /* no controls: continue */
-    if (!monitor->config || monitor->wake < 0 || monitor->signals < 0 || uname(&running)) {
+    if (init_told(&monitor->told) || !monitor->config || monitor->wake < 0 || monitor->signals < 0 || uname(&running)) {
         complain("cannot start: out of memory or files");
         return -ENOMEM;
     }
@@ -267,7 +282,6 @@ static int set_up(struct monitor *monitor, const struct options *options)
 int main(int argc, char **argv)
 {
     struct monitor monitor = {.lock = PTHREAD_MUTEX_INITIALIZER,
-                              .told = PTHREAD_COND_INITIALIZER,
                               .supervisor = -1,
                               .newcomer = -1,
                               .predecessor = -1,
