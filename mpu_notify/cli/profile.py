@@ -9,14 +9,18 @@ from typing import Any
 
 from mpu_notify.cli import options
 from mpu_notify.errors import MpuNotifyError
-from mpu_notify.oci import agent, flags, settings, spec
+from mpu_notify.oci import agent, docker_profile, flags, settings, spec
+from mpu_notify.oci.engines import docker
 
 DESCRIPTION = """\
 Print a seccomp profile that does what a container's profile does and has its RM
 controls stop at the mpu-notify agent, for an engine that keeps its own runtime.
 It covers init and every exec. The agent must be there when the container starts.
 
-The base is the engine's default profile where it is found on disk, or FILE.
+The base is the engine's own default profile, or FILE, and never another engine's:
+for docker what seccomp-profile in /etc/docker/daemon.json names, else the default
+of Docker 26 (versions before 25 allow io_uring as well); for podman seccomp.json
+in /etc/containers or /usr/share/containers.
 Its form stays: Docker's, with archMap, includes and excludes, or the OCI's.
 """
 
@@ -32,14 +36,14 @@ examples:
   mpu-notify profile podman >gpu.json
   podman run --security-opt seccomp=gpu.json ...
 
-  mpu-notify profile docker --base default.json >gpu.json
+  mpu-notify profile docker >gpu.json
   docker run --security-opt seccomp=gpu.json ...
+  mpu-notify profile docker --base mine.json >gpu.json
 """
 
-# Where an engine's default lies. Docker has its own in the program; Podman's, in the same form, does for Docker.
+DAEMON_JSON = Path("/etc/docker/daemon.json")
 _PODMAN = ("/etc/containers/seccomp.json", "/usr/share/containers/seccomp.json")
-_DOCKER = ("/usr/share/gocode/src/github.com/docker/docker/profiles/seccomp/default.json",)
-BASES = {"docker": (*_DOCKER, *_PODMAN), "podman": _PODMAN}
+_BUILT_IN = ("", "builtin", "unconfined")  # what daemon.json may say instead of a file
 
 
 class BaseError(MpuNotifyError):
@@ -49,7 +53,7 @@ class BaseError(MpuNotifyError):
 def register(subparsers: options.Subparsers) -> None:
     """Add the verb to the command line."""
     parser = options.add_verb(subparsers, "profile", "print a seccomp profile for a stock runtime", DESCRIPTION, EPILOG)
-    parser.add_argument("engine", choices=BASES, help="whose default to start from, and for whom to print")
+    parser.add_argument("engine", choices=("docker", "podman"), help="whose default to start from")
     parser.add_argument("--base", metavar="FILE", type=Path, help="the profile to start from")
     parser.add_argument("--listen", metavar="SOCKET", help="the agent's socket (default: the one in the configuration)")
     parser.set_defaults(func=main)
@@ -57,7 +61,7 @@ def register(subparsers: options.Subparsers) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
-    base = _read(args.base or _default(args.engine))
+    base = _read(args.base) if args.base else _DEFAULTS[args.engine]()
     socket = args.listen or settings.load().socket
     if not socket.startswith("/"):
         raise options.UsageError(f"profile: --listen {socket}: give an absolute path")
@@ -66,14 +70,23 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default(engine: str) -> Path:
-    for candidate in map(Path, BASES[engine]):
+def _docker() -> dict[str, Any]:
+    contents = DAEMON_JSON.read_bytes() if DAEMON_JSON.exists() else None
+    named = docker.settings(str(DAEMON_JSON), contents).get("seccomp-profile", "")
+    return docker_profile.default() if named in _BUILT_IN else _read(Path(named))
+
+
+def _podman() -> dict[str, Any]:
+    for candidate in map(Path, _PODMAN):
         if candidate.exists():
-            return candidate
+            return _read(candidate)
     raise BaseError(
-        f"cannot find the default seccomp profile of {engine}: none of {', '.join(BASES[engine])} is there. "
+        f"cannot find the default seccomp profile of podman: none of {', '.join(_PODMAN)} is there. "
         "Name one with --base FILE."
     )
+
+
+_DEFAULTS = {"docker": _docker, "podman": _podman}
 
 
 def _read(file: Path) -> dict[str, Any]:

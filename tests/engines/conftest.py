@@ -95,8 +95,13 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
-def _stage() -> Iterator[Stage]:
+def installed() -> None:
+    """The engines, and the files that the tests read of them, are there."""
     subprocess.run([Path(__file__).with_name("install.sh")], check=True)
+
+
+@pytest.fixture(scope="session")
+def _stage(installed: None) -> Iterator[Stage]:  # noqa: ARG001 - what it makes is on the disk
     # Paths of sockets are short, and an ordinary user gets here.
     directory = Path(tempfile.mkdtemp(prefix="mpu-engines-"))
     directory.chmod(0o755)

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Install the container engines that tests/engines need: this Debian's own by apt-get, a newer Docker and the CRI's
-# api.proto from NEWER into FOLDER, without touching the system. Quick where everything is there.
+# Install the container engines that tests/engines need: this Debian's own by apt-get, a newer Docker, the CRI's
+# api.proto and the engines' default profiles from NEWER into FOLDER, without touching the system. Quick where all is
+# there.
 #
 #     install.sh [FOLDER]        default: build/engines in the repository
 set -eu
@@ -8,7 +9,8 @@ set -eu
 PACKAGES="busybox-static conmon containerd crun docker.io golang-github-containers-common iptables podman runc tini
     uidmap util-linux"
 NEWER=trixie
-NEWER_PACKAGES="containerd docker-cli docker.io golang-github-kubernetes-cri-api-dev"
+NEWER_PACKAGES="containerd docker-cli docker.io golang-github-containerd-containerd-dev
+    golang-github-docker-docker-dev golang-github-kubernetes-cri-api-dev"
 
 folder=${1:-$(dirname "$0")/../../build/engines}
 mkdir -p "$folder"

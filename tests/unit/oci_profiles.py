@@ -1,33 +1,37 @@
 """Seccomp profiles as the runtimes take them: the engines' defaults, and what libseccomp makes of a profile.
 
-The defaults are read out of the distribution's packages, of those that are installed or as apt-get downloads them.
+Where a default is written down in an engine's source, that is read here; which file that is, the caller knows.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyseccomp
+from hypothesis import strategies as st
+
+from mpu_notify.oci import spec
+
+from . import bpf
 
 Profile = dict[str, Any]
 
 #: AUDIT_ARCH_* by the name of the ABI, and the number of ioctl there.
 ABIS = {"X86_64": (0xC000003E, 16), "X32": (0xC000003E, 0x40000000 + 514), "X86": (0x40000003, 54)}
 
+SOCKET = "/run/agent.sock"
+NOTIFY = 0x7FC00000  # SECCOMP_RET_USER_NOTIF
+TIOCSTI = 0x5412
+RM_CONTROL, XFER = 0xC020462A, 0xC01046D3
+FLAGS = ["SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]
+
 #: Docker's and Podman's conditions on capabilities are taken as those of a container with these.
 CAPABILITIES = ("CAP_CHOWN", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT")
 
-_DOCKER = "usr/share/gocode/src/github.com/docker/docker/profiles/seccomp/default.json"
-_CONTAINERD = "usr/share/gocode/src/github.com/containerd/containerd/contrib/seccomp/seccomp_default.go"
 _GO_BLOCK = re.compile(
     r"Names:\s*\[\]string\{(?P<names>.*?)\},\s*Action:\s*specs\.(?P<action>\w+),(?P<rest>.*?)\n\t+\}", re.S
 )
@@ -36,27 +40,34 @@ _GO_OPERATORS = {"EqualTo": "EQ", "NotEqual": "NE", "MaskedEqual": "MASKED_EQ"}
 _GO_CONSTANTS = {"unix.AF_ALG": 38}
 
 
-def default_profiles() -> dict[str, Profile]:
-    """The default profiles of Docker, Podman and containerd as a runtime gets them on x86-64."""
-    docker = json.loads(_from_package("golang-github-docker-docker-dev", _DOCKER))
-    podman = json.loads(_from_package("golang-github-containers-common", "usr/share/containers/seccomp.json"))
-    containerd = _from_package("golang-github-containerd-containerd-dev", _CONTAINERD)
-    return {"docker": _resolve(docker), "podman": _resolve(podman), "containerd": _read_go(containerd)}
+abis = st.sampled_from(sorted(ABIS))
+words = st.integers(0, 2**64 - 1)
 
 
-@cache
-def _from_package(package: str, path: str) -> str:
-    installed = Path("/", path)
-    if installed.exists():
-        return installed.read_text()
-    with TemporaryDirectory() as directory:
-        subprocess.run(["apt-get", "-qq", "download", package], cwd=directory, check=True, capture_output=True)
-        (archive,) = Path(directory).glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", archive, directory], check=True)
-        return Path(directory, path).read_text()
+@st.composite
+def commands(draw: st.DrawFn) -> int:
+    """Commands, most of them like an RM control but for a few bits."""
+    base = draw(st.sampled_from([RM_CONTROL, XFER, RM_CONTROL & spec.MASK, TIOCSTI, 0x5401, 0, 7]))
+    flips = draw(st.lists(st.integers(0, 63), max_size=3))
+    for bit in flips:
+        base ^= 1 << bit
+    return draw(st.sampled_from([base, draw(words)]))
 
 
-def _resolve(profile: Profile) -> Profile:
+def is_control(cmd: int) -> bool:
+    return cmd & spec.MASK in spec.CONTROLS
+
+
+def listened(profile: Profile) -> Profile:
+    return dict(spec.listen(profile, SOCKET, "{}", FLAGS))
+
+
+def verdict(program: bytes, abi: str, cmd: int, fd: int = 3) -> int:
+    arch, number = ABIS[abi]
+    return bpf.run(program, number, arch, [fd, cmd, 0])
+
+
+def resolve(profile: Profile) -> Profile:
     """Docker's form as the engine resolves it: archMap, includes and excludes."""
     (architectures,) = (each for each in profile["archMap"] if each["architecture"] == "SCMP_ARCH_X86_64")
     kept = {key: profile[key] for key in ("defaultAction", "defaultErrnoRet") if key in profile}
@@ -81,7 +92,7 @@ def _applies(conditions: Mapping[str, Any], *, every: bool) -> bool:
     return all(holds) if every else any(holds)
 
 
-def _read_go(source: str) -> Profile:
+def read_go(source: str) -> Profile:
     """containerd's profile, with what it allows for any capability and machine."""
     syscalls = []
     for block in _GO_BLOCK.finditer(source):
@@ -109,6 +120,18 @@ def _read_go(source: str) -> Profile:
 
 def _go_value(word: str) -> int:
     return _GO_CONSTANTS[word] if word in _GO_CONSTANTS else int(word, 0)
+
+
+def differences(one: bytes, other: bytes) -> set[tuple[str, int]]:
+    """The calls, by ABI and number, for which two programs say different things; ioctl is left out."""
+    found = set()
+    for abi, (arch, ioctl) in ABIS.items():
+        base = 0x40000000 if abi == "X32" else 0
+        for number in range(base, base + 600):
+            for args in ((1, 0x5401, 2), (0x10000000, 0, 0), (40, 8, 0)):
+                if number != ioctl and bpf.run(one, number, arch, args) != bpf.run(other, number, arch, args):
+                    found.add((abi, number))
+    return found
 
 
 def compile_profile(profile: Profile) -> bytes:

@@ -12,40 +12,31 @@ import pytest
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 
+from mpu_notify.cli import profile
 from mpu_notify.cli.main import main as command
 from mpu_notify.notify import filter as plain_filter
-from mpu_notify.oci import precreate, shim, spec
+from mpu_notify.oci import docker_profile, precreate, shim, spec
 
-from . import bpf
-from .oci_profiles import ABIS, Profile, compile_profile, default_profiles
+from .oci_profiles import (
+    ABIS,
+    FLAGS,
+    NOTIFY,
+    RM_CONTROL,
+    SOCKET,
+    TIOCSTI,
+    XFER,
+    Profile,
+    abis,
+    commands,
+    compile_profile,
+    differences,
+    is_control,
+    listened,
+    resolve,
+    verdict,
+)
 
-SOCKET = "/run/agent.sock"
-ALLOW, LOG, NOTIFY = 0x7FFF0000, 0x7FFC0000, 0x7FC00000  # SECCOMP_RET_*
-TIOCSTI = 0x5412
-RM_CONTROL, XFER = 0xC020462A, 0xC01046D3
-FLAGS = ["SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]
-ENGINES = ("docker", "podman", "containerd")
-
-abis = st.sampled_from(sorted(ABIS))
-words = st.integers(0, 2**64 - 1)
-
-
-@st.composite
-def commands(draw: st.DrawFn) -> int:
-    """Commands, most of them like an RM control but for a few bits."""
-    base = draw(st.sampled_from([RM_CONTROL, XFER, RM_CONTROL & spec.MASK, TIOCSTI, 0x5401, 0, 7]))
-    flips = draw(st.lists(st.integers(0, 63), max_size=3))
-    for bit in flips:
-        base ^= 1 << bit
-    return draw(st.sampled_from([base, draw(words)]))
-
-
-def is_control(cmd: int) -> bool:
-    return cmd & spec.MASK in spec.CONTROLS
-
-
-def listened(profile: Profile) -> Profile:
-    return dict(spec.listen(profile, SOCKET, "{}", FLAGS))
+ALLOW, LOG = 0x7FFF0000, 0x7FFC0000  # SECCOMP_RET_*
 
 
 def rule(action: str, *conditions: tuple[int, str, int, int], **more: Any) -> Profile:
@@ -64,70 +55,14 @@ def profile_of(default: str, *syscalls: Profile) -> Profile:
     }
 
 
-def verdict(program: bytes, abi: str, cmd: int, fd: int = 3) -> int:
-    arch, number = ABIS[abi]
-    return bpf.run(program, number, arch, [fd, cmd, 0])
-
-
 def expected(before: int, cmd: int) -> int:
     return NOTIFY if before in (ALLOW, LOG) and is_control(cmd) else before
-
-
-@pytest.fixture(scope="session")
-def programs() -> dict[str, tuple[bytes, bytes]]:
-    """By engine, the programs of its default profile before and after."""
-    profiles = default_profiles()
-    return {engine: (compile_profile(each), compile_profile(listened(each))) for engine, each in profiles.items()}
 
 
 def test_the_patterns_are_the_filters() -> None:
     assert plain_filter.RM_IOCTL_MASK == spec.MASK
     assert (plain_filter.RM_CONTROL_WANT, plain_filter.RM_XFER_WANT) == spec.CONTROLS
     assert plain_filter.MACHINES == spec.MACHINES
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@given(abi=abis, cmd=commands(), fd=words)
-def test_a_default_profile_stops_just_the_controls(
-    programs: dict[str, tuple[bytes, bytes]], engine: str, abi: str, cmd: int, fd: int
-) -> None:
-    _, after = programs[engine]
-    assert verdict(after, abi, cmd, fd) == (NOTIFY if is_control(cmd) else ALLOW)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("abi", ABIS)
-def test_a_default_profile_says_the_same_of_every_other_call(
-    programs: dict[str, tuple[bytes, bytes]], engine: str, abi: str
-) -> None:
-    before, after = programs[engine]
-    arch, ioctl = ABIS[abi]
-    base = 0x40000000 if abi == "X32" else 0
-    for number in range(base, base + 600):
-        if number != ioctl:
-            args = (1, 0x5401, 2)
-            assert bpf.run(before, number, arch, args) == bpf.run(after, number, arch, args), number
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@given(abi=abis, number=st.integers(0, 600), args=st.lists(st.one_of(words, st.integers(0, 64)), max_size=6))
-def test_whatever_its_arguments(
-    programs: dict[str, tuple[bytes, bytes]], engine: str, abi: str, number: int, args: list[int]
-) -> None:
-    before, after = programs[engine]
-    arch, ioctl = ABIS[abi]
-    number += 0x40000000 if abi == "X32" else 0
-    if number != ioctl:
-        assert bpf.run(before, number, arch, args) == bpf.run(after, number, arch, args)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@given(arch=st.integers(0, 2**32 - 1), number=st.integers(-(2**31), 2**31 - 1))
-def test_and_of_another_architecture(
-    programs: dict[str, tuple[bytes, bytes]], engine: str, arch: int, number: int
-) -> None:
-    before, after = programs[engine]
-    assert bpf.run(before, number, arch, []) == bpf.run(after, number, arch, [])
 
 
 _values = st.one_of(
@@ -333,6 +268,30 @@ def test_the_verb_profile_prints_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert made["listenerPath"] == SOCKET
     assert json.loads(made["listenerMetadata"]) == {"container": "", "route": "profile"}
     assert verdict(compile_profile(made), "X86_64", RM_CONTROL) == NOTIFY
+
+
+@pytest.mark.parametrize("named", [None, "", "builtin"])
+def test_the_verb_profile_starts_from_dockers_own_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], named: str | None
+) -> None:
+    daemon = tmp_path / "daemon.json"
+    if named is not None:
+        daemon.write_text(json.dumps({"seccomp-profile": named}))
+    monkeypatch.setattr(profile, "DAEMON_JSON", daemon)
+    assert command(["profile", "docker", "--listen", SOCKET]) == 0
+    made = compile_profile(resolve(json.loads(capsys.readouterr().out)))
+    assert not differences(compile_profile(resolve(docker_profile.default())), made)
+
+
+def test_or_from_the_default_that_the_daemon_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(profile_of("ERRNO", rule("ALLOW"))))
+    (tmp_path / "daemon.json").write_text(json.dumps({"seccomp-profile": str(own)}))
+    monkeypatch.setattr(profile, "DAEMON_JSON", tmp_path / "daemon.json")
+    assert command(["profile", "docker", "--listen", SOCKET]) == 0
+    assert {name for each in json.loads(capsys.readouterr().out)["syscalls"] for name in each["names"]} == {"ioctl"}
 
 
 def test_the_verb_profile_names_a_base_that_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
