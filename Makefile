@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The distribution's own Python: one that any user may execute, which the tests as an unprivileged user need.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
-PACKAGES := gcc libc6-dev libseccomp2 make mount procps python3-dev python3-venv strace systemd util-linux
+PACKAGES := gcc libc6-dev libseccomp2 make mount musl-tools procps python3-dev python3-venv strace systemd util-linux
 # What the fuzz targets and the static analysers need besides.
 TOOLS := clang libclang-rt-dev
 C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitize/*.c tests/unit/*.c)

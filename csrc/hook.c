@@ -15,6 +15,7 @@
 #include "inject.h"
 #include "json_scan.h"
 #include "rm.h"
+#include "settings.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -29,6 +30,7 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <syslog.h>
 
 #define PROGRAM "mpu-notify-hook"
 #define DEFAULT_SOCKET "/run/mpu-notify/agent.sock"
@@ -36,10 +38,11 @@
 #define STATE_MAX (1000 * 1024) /* with what is sent around it, no more than the agent takes */
 #define CONFIG_MAX (8 * 1024 * 1024)
 #define ID_SIZE 1025
+#define SOCKET_SIZE 108 /* of sun_path */
 #define AGENT_SECONDS 5 /* for the agent to take a connection, and a message */
 
 static const char USAGE[] =
-    "usage: " PROGRAM " [--always] [--listen SOCKET] [--absent start|refuse]\n"
+    "usage: " PROGRAM " [--always] [--config FILE] [--listen SOCKET] [--absent start|refuse]\n"
     "       " PROGRAM " --print-filter\n"
     "\n"
     "An OCI createRuntime or prestart hook. Reads the container's state on standard input, puts the filter of\n"
@@ -49,9 +52,11 @@ static const char USAGE[] =
     "It covers init and all that descends from it. It does NOT cover what is started by `exec` in the container.\n"
     "\n"
     "  --always          any container opted in (for a CDI device, which is asked for by name)\n"
-    "  --listen SOCKET   the agent's socket (default " DEFAULT_SOCKET ")\n"
+    "  --config FILE     the configuration (default: what " SETTINGS_VARIABLE " names, else\n"
+    "                    " SETTINGS_FILE "); its section [agent] has the defaults of\n"
+    "  --listen SOCKET   the agent's socket (else " DEFAULT_SOCKET ")\n"
     "  --absent start    where there is no agent, or no filter can be put on init: the container starts without,\n"
-    "                    and a warning is written to standard error (default)\n"
+    "                    and a warning is written to standard error and to the system's log (else this)\n"
     "  --absent refuse   the container does not start\n"
     "  --print-filter    write the filter, an array of struct sock_filter, to standard output\n"
     "  --help            this text\n";
@@ -80,7 +85,10 @@ static const struct sock_filter FILTER[] = {
 };
 
 struct options {
-    const char *listen;
+    const char *config;
+    const char *listen; /* NULL: as configured */
+    const char *absent; /* the same */
+    char socket[SOCKET_SIZE];
     bool always;
     bool refuse;
     bool print_filter;
@@ -190,8 +198,12 @@ static int connect_agent(const char *path, int *agent)
     return 0;
 }
 
-/* -EBUSY where the container's own profile brings a listener: the kernel takes only one. */
-static int check_profile(const struct container *container, struct attempt *attempt)
+/*
+ * -EBUSY where the container's own profile brings a listener: the kernel takes only one. Where that is ours already, by
+ * another route, the container is `covered`.
+ */
+static int check_profile(const struct options *options, const struct container *container, struct attempt *attempt,
+                         bool *covered)
 {
     char path[PATH_MAX + sizeof("/config.json")];
     AUTO_FREE char *buffer = NULL;
@@ -216,7 +228,8 @@ static int check_profile(const struct container *container, struct attempt *atte
     *attempt =
         (struct attempt){"combine with", "linux.seccomp.listenerPath",
                          "the container's seccomp profile has an agent of its own; use a profile without", false};
-    return json_string_is(value, "") ? 0 : -EBUSY;
+    *covered = json_string_is(value, options->listen);
+    return *covered || json_string_is(value, "") ? 0 : -EBUSY;
 }
 
 static int send_all(int agent, const char *text, size_t size, int fd)
@@ -280,9 +293,10 @@ static int inject(int agent, const struct container *container, struct attempt *
 static int cover(const struct options *options, const struct container *container, struct attempt *attempt)
 {
     AUTO_CLOSE agent = -1;
-    int error = check_profile(container, attempt);
+    bool covered = false;
+    int error = check_profile(options, container, attempt, &covered);
 
-    if (error)
+    if (error || covered)
         return error;
     *attempt = (struct attempt){"connect to the agent at", options->listen,
                                 "start `mpu-notify serve`, or name its socket with --listen", false};
@@ -328,14 +342,19 @@ static int run(const struct options *options)
     AUTO_FREE char *buffer = NULL;
     struct container container = {0};
     struct attempt attempt = {0};
+    AUTO_FREE char *message = NULL;
     int error = hook(options, &container, &buffer, &attempt);
     bool refuse = options->refuse || attempt.committed;
 
     if (!error)
         return 0;
-    fprintf(stderr, PROGRAM ": %s%scannot %s %s: %s (%s); the container %s\n", container.id, *container.id ? ": " : "",
-            attempt.doing, attempt.object, explain(-error), attempt.advice,
-            refuse ? "does not start" : "starts without mpu-notify");
+    if (asprintf(&message, "%s%scannot %s %s: %s (%s); the container %s", container.id, *container.id ? ": " : "",
+                 attempt.doing, attempt.object, explain(-error), attempt.advice,
+                 refuse ? "does not start" : "starts without mpu-notify") < 0)
+        message = NULL;
+    fprintf(stderr, PROGRAM ": %s\n", message ? message : "out of memory");
+    openlog(PROGRAM, LOG_PID, LOG_DAEMON); /* few engines show what a hook says when it succeeds */
+    syslog(refuse ? LOG_ERR : LOG_WARNING, "%s", message ? message : "out of memory");
     return refuse ? 1 : 0;
 }
 
@@ -344,18 +363,33 @@ static int print_filter(void)
     return fwrite(FILTER, sizeof(FILTER), 1, stdout) == 1 && fflush(stdout) == 0 ? 0 : 1;
 }
 
-static bool parse_absent(const char *text, struct options *options)
+/* What is not on the command line is as configured, and as by default where that says nothing. */
+static bool configure(struct options *options)
 {
-    options->refuse = strcmp(text, "refuse") == 0;
-    return options->refuse || strcmp(text, "start") == 0;
+    const char *named = getenv(SETTINGS_VARIABLE);
+    AUTO_FREE char *text = settings_text(options->config ? options->config : named && *named ? named : SETTINGS_FILE);
+    char absent[16] = "start";
+
+    strcpy(options->socket, DEFAULT_SOCKET);
+    if (text) {
+        settings_find(text, "agent", "socket", options->socket, sizeof(options->socket));
+        settings_find(text, "agent", "absent", absent, sizeof(absent));
+    }
+    options->listen = options->listen ? options->listen : options->socket;
+    options->refuse = strcmp(options->absent ? options->absent : absent, "refuse") == 0;
+    return !options->absent || options->refuse || strcmp(options->absent, "start") == 0;
 }
 
 static bool parse(int argc, char **argv, struct options *options)
 {
     static const struct option KNOWN[] = {
-        {"always", no_argument, NULL, 'y'},       {"listen", required_argument, NULL, 'l'},
-        {"absent", required_argument, NULL, 'a'}, {"print-filter", no_argument, NULL, 'p'},
-        {"help", no_argument, NULL, 'h'},         {0},
+        {"always", no_argument, NULL, 'y'},
+        {"listen", required_argument, NULL, 'l'},
+        {"absent", required_argument, NULL, 'a'},
+        {"print-filter", no_argument, NULL, 'p'},
+        {"config", required_argument, NULL, 'c'},
+        {"help", no_argument, NULL, 'h'},
+        {0},
     };
     int option;
     bool good = true;
@@ -367,15 +401,17 @@ static bool parse(int argc, char **argv, struct options *options)
         if (option == 'l')
             options->listen = optarg;
         else if (option == 'a')
-            good &= parse_absent(optarg, options);
+            options->absent = optarg;
+        else if (option == 'c')
+            options->config = optarg;
         good &= option != '?';
     }
-    return good && optind == argc;
+    return good && optind == argc && configure(options);
 }
 
 int main(int argc, char **argv)
 {
-    struct options options = {.listen = DEFAULT_SOCKET};
+    struct options options = {0};
 
     if (!parse(argc, argv, &options)) {
         fputs(USAGE, stderr);

@@ -5,25 +5,24 @@
  * only for whether the name of our annotation occurs in it. Where it does, oci/shim.py looks properly, rewrites the
  * spec and becomes the real runtime; everywhere else this does, with the arguments as they came. What is wrong with the
  * configuration is for shim.py to say: nothing of ours may be in the way of a container that has nothing to do with us.
+ *
+ * An engine calls it by the name of a handler: a file with `#!PROGRAM --handler` in its first line, which `mpu-notify
+ * configure` writes. The kernel starts PROGRAM with the file's name behind --handler. The file says which runtime
+ * stands behind this one (runtime = "PATH") and may name a configuration (config = "FILE"): engines pass neither
+ * arguments nor an environment on that could, for all verbs.
  */
-#include "cleanup.h"
+#include "settings.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <stdarg.h>
 #include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 
 #define ANNOTATION "io.mpu-notify.enable"
-#define CONFIGURATION "/etc/mpu-notify/config.toml"
-#define CONFIGURATION_VARIABLE "MPU_NOTIFY_CONFIG"
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-#define MAX_CONFIGURATION (64 * 1024)
 #define MAX_SPEC (16 * 1024 * 1024) /* a larger one is for shim.py to look at */
 #define MAX_ARGUMENTS 4096
 #define MAX_MESSAGE (3 * PATH_MAX)
@@ -38,6 +37,7 @@ struct command {
 };
 
 struct settings {
+    char file[PATH_MAX]; /* the configuration */
     char path[PATH_MAX]; /* the real runtime, "" for the first there is */
     bool by_name;        /* every container of this runtime opted in */
 };
@@ -118,112 +118,32 @@ static struct command read_command(int argc, char **argv)
     return command;
 }
 
-/* All of a file, with a 0 behind it, or NULL with errno set: EFBIG where it is larger than `limit`. */
-static char *read_file(const char *path, size_t limit, size_t *size)
+/* What a handler says and then what the configuration says, where both may say it. Returns 0 or a negative errno. */
+static int read_settings(const char *handler, struct settings *settings)
 {
-    AUTO_CLOSE fd = open(path, O_RDONLY | O_CLOEXEC);
-    AUTO_FREE char *content = NULL;
-    struct stat status;
-    char *whole;
+    const char *file = getenv(SETTINGS_VARIABLE);
+    AUTO_FREE char *handler_text = NULL, *text = NULL;
+    char own_path[PATH_MAX] = "", opt_in[16] = "";
 
-    if (fd < 0 || fstat(fd, &status))
-        return NULL;
-    if (status.st_size < 0 || (uint64_t)status.st_size > limit) {
-        errno = EFBIG;
-        return NULL;
+    strcpy(settings->file, SETTINGS_FILE);
+    if (handler) {
+        handler_text = settings_text(handler);
+        if (!handler_text)
+            return -errno;
+        settings_find(handler_text, "", "runtime", settings->path, sizeof(settings->path));
+        settings_find(handler_text, "", "config", settings->file, sizeof(settings->file));
     }
-    content = malloc((size_t)status.st_size + 1);
-    if (!content)
-        return NULL;
-    for (*size = 0; *size < (size_t)status.st_size;) {
-        ssize_t got = read(fd, content + *size, (size_t)status.st_size - *size);
-
-        if (got < 0)
-            return NULL;
-        if (got == 0)
-            break;
-        *size += (size_t)got;
-    }
-    content[*size] = 0;
-    whole = content;
-    content = NULL;
-    return whole;
-}
-
-/* The string of a line `key = "string"`, cut out of the line, or NULL. settings.py reads just the same lines. */
-static char *value_of(char *line, const char *key)
-{
-    char quote, *value, *end;
-
-    line += strspn(line, " \t");
-    if (strncmp(line, key, strlen(key)) != 0)
-        return NULL;
-    line += strlen(key);
-    line += strspn(line, " \t");
-    if (*line++ != '=')
-        return NULL;
-    line += strspn(line, " \t");
-    quote = *line;
-    if (quote != '"' && quote != '\'')
-        return NULL;
-    value = line + 1;
-    end = strchr(value, quote);
-    if (!end || (quote == '"' && memchr(value, '\\', (size_t)(end - value))))
-        return NULL;
-    *end = 0;
-    return value;
-}
-
-/* Whether lines are ours from this one on, where it begins a section; else as before. */
-static bool is_section(const char *line, bool before)
-{
-    const char *name;
-    size_t length;
-
-    line += strspn(line, " \t");
-    if (*line++ != '[')
-        return before;
-    name = line + strspn(line, " \t");
-    length = strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-");
-    line = name + length;
-    line += strspn(line, " \t");
-    if (!length || *line++ != ']')
-        return before;
-    line += strspn(line, " \t");
-    return *line && *line != '#' ? before : is(name, length, "runtime");
-}
-
-static const char *settings_file(void)
-{
-    const char *file = getenv(CONFIGURATION_VARIABLE);
-
-    return file && *file ? file : CONFIGURATION;
-}
-
-static void read_settings(struct settings *settings)
-{
-    AUTO_FREE char *text = NULL;
-    bool ours = false;
-    size_t size;
-    char *rest;
-
-    text = read_file(settings_file(), MAX_CONFIGURATION, &size);
+    if (file && *file && strlen(file) < sizeof(settings->file))
+        strcpy(settings->file, file);
+    text = settings_text(settings->file);
     if (!text)
-        return;
-    rest = text;
-    for (char *line; (line = strsep(&rest, "\r\n"));) {
-        const char *path, *opt_in;
-
-        ours = is_section(line, ours);
-        if (!ours)
-            continue;
-        path = value_of(line, "path");
-        opt_in = path ? NULL : value_of(line, "opt_in");
-        if (path && strlen(path) < sizeof(settings->path))
-            strcpy(settings->path, path);
-        if (opt_in)
-            settings->by_name = strcmp(opt_in, "name") == 0;
-    }
+        return 0;
+    settings_find(text, "runtime", "path", own_path, sizeof(own_path));
+    settings_find(text, "runtime", "opt_in", opt_in, sizeof(opt_in));
+    if (*own_path)
+        strcpy(settings->path, own_path);
+    settings->by_name = strcmp(opt_in, "name") == 0;
+    return 0;
 }
 
 /* `text` as what stands between the quotes of a string in JSON, which logrus' text form takes, too. */
@@ -245,12 +165,19 @@ static void escape(char *out, size_t size, const char *text)
     out[used] = 0;
 }
 
+/* Whether crun's --log names no file. */
+static bool is_elsewhere(const char *log)
+{
+    return strncmp(log, "syslog:", 7) == 0 || strncmp(log, "journald:", 9) == 0;
+}
+
 /* Say what is wrong where an engine looks for it: in the runtime's log, in its form, and on standard error. */
 __attribute__((format(printf, 2, 3))) static int complain(const struct command *command, const char *format, ...)
 {
     char message[MAX_MESSAGE], escaped[2 * MAX_MESSAGE], moment[32];
     time_t now = time(NULL);
     struct tm utc;
+    const char *file = command->log + (strncmp(command->log, "file:", 5) == 0 ? 5 : 0);
     va_list values;
     AUTO_CLOSE log = -1;
 
@@ -258,7 +185,7 @@ __attribute__((format(printf, 2, 3))) static int complain(const struct command *
     vsnprintf(message, sizeof(message), format, values);
     va_end(values);
     fprintf(stderr, "mpu-notify-runtime: %s\n", message);
-    log = *command->log ? open(command->log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : -1;
+    log = *file && !is_elsewhere(file) ? open(file, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : -1;
     if (log >= 0 && gmtime_r(&now, &utc) && strftime(moment, sizeof(moment), "%Y-%m-%dT%H:%M:%SZ", &utc)) {
         escape(escaped, sizeof(escaped), message);
         dprintf(log,
@@ -352,13 +279,21 @@ static bool find_python(const char *package, char out[PATH_MAX])
 }
 
 /* Have shim.py rewrite the spec and become the runtime. Returns only where that cannot be started. */
-static int become_shim(const struct command *command, char *runtime, int argc, char **argv)
+static int become_shim(const struct command *command, struct settings *settings, char *runtime, int argc, char **argv)
 {
     char package[PATH_MAX], shim[PATH_MAX], python[PATH_MAX];
     ssize_t length = readlink("/proc/self/exe", package, sizeof(package));
-    const char *words[MAX_ARGUMENTS + 1];
-    const char *head[] = {
-        python, "-I", "-S", shim, runtime, command->bundle, command->log, command->log_format, command->container};
+    char *words[MAX_ARGUMENTS + 1];
+    char *head[] = {python,
+                    "-I",
+                    "-S",
+                    shim,
+                    settings->file,
+                    runtime,
+                    (char *)command->bundle,
+                    (char *)command->log,
+                    (char *)command->log_format,
+                    (char *)command->container};
 
     if (length < 0 || (size_t)length >= sizeof(package))
         return complain(command, "cannot find my own program by /proc/self/exe: mount /proc");
@@ -379,16 +314,27 @@ static int become_shim(const struct command *command, char *runtime, int argc, c
 
 int main(int argc, char **argv)
 {
-    struct command command = read_command(argc, argv);
+    const char *handler = argc > 2 && strcmp(argv[1], "--handler") == 0 ? argv[2] : NULL;
+    struct command command;
     struct settings settings = {0};
     char runtime[PATH_MAX];
+    int error = read_settings(handler, &settings);
 
-    read_settings(&settings);
+    if (handler) {
+        argc -= 2;
+        argv += 2;
+    }
+    command = read_command(argc, argv);
+    if (error)
+        return complain(&command, "cannot read the handler %s: %s", handler, strerror(-error));
     if (!find_runtime(&settings, runtime))
-        return complain(&command, "cannot find the real OCI runtime %s: install it, or name it by [runtime] path in %s",
-                        *settings.path ? settings.path : "(runc or crun in PATH)", settings_file());
+        return complain(
+            &command,
+            "cannot find the real OCI runtime %s: install it, or name it by [runtime] path in %s or, as the "
+            "engine's own, by \"mpu-notify configure\"",
+            *settings.path ? settings.path : "(runc or crun in PATH)", settings.file);
     if (must_rewrite(&command, &settings))
-        return become_shim(&command, runtime, argc, argv);
+        return become_shim(&command, &settings, runtime, argc, argv);
     argv[0] = runtime;
     execv(runtime, argv);
     return complain(&command, "cannot execute the real OCI runtime %s: %s", runtime, strerror(errno));

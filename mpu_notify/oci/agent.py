@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket  # socket itself would be a large part of the shim's time
+import errno
 import json
 
 from mpu_notify.errors import MpuNotifyError
@@ -26,13 +27,27 @@ def is_there(settings: Settings) -> bool:
     except OSError as error:
         if settings.absent == "refuse":
             raise AgentAbsentError(
-                f"no mpu-notify agent on {settings.socket} ({error.strerror}), and {settings.file} says "
+                f"no mpu-notify agent on {settings.socket} ({_why(error)}), and {settings.file} says "
                 'absent = "refuse". Start it with "mpu-notify serve", or set absent = "start".'
             ) from error
         return False
     finally:
         probe.close()
     return True
+
+
+def _why(error: OSError) -> str:
+    """Not in the system's words: from "No such file or directory" Podman concludes that the command was not found."""
+    reasons = {errno.ENOENT: "there is no such socket", errno.ECONNREFUSED: "nobody listens"}
+    return reasons.get(error.errno or 0) or errno.errorcode.get(error.errno or 0, "unknown error")
+
+
+def warn(program: str, message: str) -> None:
+    """Into the system's log: where engines keep what a runtime or a hook warns of, nobody finds it."""
+    import syslog  # noqa: PLC0415 - where all is well, there is nothing to write
+
+    syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
+    syslog.syslog(syslog.LOG_WARNING, message)
 
 
 def absence(settings: Settings) -> str:

@@ -1,7 +1,7 @@
 """Which seccomp flags of ours an OCI runtime takes: one that it does not know makes it refuse the whole profile."""
 
 # Pathlib would be a large part of the shim's time.
-# ruff: noqa: PTH118, PTH123
+# ruff: noqa: PTH105, PTH116, PTH118, PTH119, PTH123
 
 from __future__ import annotations
 
@@ -17,8 +17,46 @@ _WAIT_KILLABLE_KERNEL = (5, 19)
 _CRUN_WITH_FLAGS = (1, 6)
 
 
-def taken_by(runtime: str) -> list[str]:
-    """The flags that the runtime at this path takes on this kernel."""
+def taken_by(runtime: str, cache: str = "") -> list[str]:
+    """The flags that the runtime at this path takes on this kernel.
+
+    Asking it takes as long as Python's start, so what runc and crun themselves said is kept in the directory `cache`,
+    if not anybody may write there, for as long as the program stays the same. What another runtime says may depend on
+    more than that.
+    """
+    if not cache or os.path.basename(runtime) not in RUNTIMES:
+        return _asked(runtime)
+    try:
+        if os.stat(cache).st_mode & 0o002:
+            return _asked(runtime)
+        status = os.stat(runtime)
+        key = f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {os.uname().release}"
+        file = os.path.join(cache, f"flags-{os.path.basename(runtime)}.json")
+        known = _remembered(file, key)
+        return _remember(file, key, _asked(runtime)) if known is None else known
+    except OSError:
+        return _asked(runtime)
+
+
+def _remembered(file: str, key: str) -> list[str] | None:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            known = json.load(stream)
+        return [flag for flag in (SPEC_ALLOW, WAIT_KILLABLE_RECV) if flag in known[key]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(file: str, key: str, taken: list[str]) -> list[str]:
+    new = f"{file}.{os.getpid()}"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with open(fd, "w", encoding="utf-8") as stream:
+        json.dump({key: taken}, stream)
+    os.replace(new, file)
+    return taken
+
+
+def _asked(runtime: str) -> list[str]:
     features = _output(runtime, "features")
     flags = parse_features(features) if features else parse_version(_output(runtime, "--version"))
     release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])

@@ -1,11 +1,12 @@
 """What the routes into a container read of the configuration file: its sections [agent] and [runtime].
 
 The file is TOML. This reads the part of it that these sections need, a string or nothing on a line, because the shim
-has no time for a whole parser; csrc/runtime.c reads [runtime] in the same way. Other known sections are other readers'.
+has no time for a whole parser; csrc/settings.h reads it in the same way. `serve` reads the whole file as TOML and has
+these two sections read here as well: what it takes, all take. Other known sections are other readers'.
 """
 
 # Pathlib would be a large part of the shim's time.
-# ruff: noqa: PTH123
+# ruff: noqa: PTH110, PTH111, PTH123
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import re
 from mpu_notify.errors import MpuNotifyError
 
 FILE = "/etc/mpu-notify/config.toml"
+OWN_FILE = "~/.config/mpu-notify/config.toml"  # an ordinary user's
 DEFAULT_SOCKET = "/run/mpu-notify/agent.sock"
 VARIABLE = "MPU_NOTIFY_CONFIG"  # names another file
 
@@ -46,16 +48,25 @@ class Settings:
         self.opt_in = "annotation"
 
 
-def load() -> Settings:
-    """The settings of this machine; all defaults where there is no file. Raises SettingsError."""
-    file = os.environ.get(VARIABLE) or FILE
+def file() -> str:
+    """The file to read: what VARIABLE names, else an ordinary user's own one if there is one, else FILE."""
+    named = os.environ.get(VARIABLE)
+    if named or os.geteuid() == 0:
+        return named or FILE
+    own = os.path.expanduser(OWN_FILE)
+    return own if os.path.exists(own) else FILE
+
+
+def load(named: str = "") -> Settings:
+    """The settings in this file, or in that of this machine; all defaults where there is none. Raises SettingsError."""
+    path = named or file()
     try:
-        with open(file, encoding="utf-8") as stream:
-            return parse(stream.read(), file)
+        with open(path, encoding="utf-8") as stream:
+            return parse(stream.read(), path)
     except FileNotFoundError:
-        return Settings(file)
+        return Settings(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read the configuration {file}: {error}") from error
+        raise SettingsError(f"cannot read the configuration {path}: {error}") from error
 
 
 def parse(text: str, file: str) -> Settings:

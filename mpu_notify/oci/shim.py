@@ -2,7 +2,7 @@
 
 csrc/runtime.c starts this, and only where a container seems to have opted in:
 
-    python3 -I -S shim.py RUNTIME BUNDLE LOG LOG-FORMAT CONTAINER ARGUMENTS...
+    python3 -I -S shim.py CONFIGURATION RUNTIME BUNDLE LOG LOG-FORMAT CONTAINER ARGUMENTS...
 
 The words before ARGUMENTS are what it found out, empty where there is none. Each import here delays a container.
 """
@@ -56,11 +56,13 @@ class RuntimeLog:
         return True
 
 
-def main(runtime: str, bundle: str, log_file: str, log_format: str, container: str, *arguments: str) -> None:
+def main(  # noqa: PLR0913, PLR0917 - words of a command line
+    configuration: str, runtime: str, bundle: str, log_file: str, log_format: str, container: str, *arguments: str
+) -> None:
     """Rewrite the spec if that is asked for, then become the runtime. Ends the process, one way or the other."""
     log = RuntimeLog(log_file, log_format)
     try:
-        _prepare(runtime, os.path.join(bundle, "config.json"), container, log)
+        _prepare(configuration, runtime, os.path.join(bundle, "config.json"), container, log)
         os.execv(runtime, [runtime, *arguments])  # noqa: S606 - that is the point
     except MpuNotifyError as error:
         log.write("error", str(error))
@@ -69,21 +71,25 @@ def main(runtime: str, bundle: str, log_file: str, log_format: str, container: s
     sys.exit(1)
 
 
-def _prepare(runtime: str, config: str, container: str, log: RuntimeLog) -> None:
+def _prepare(configuration: str, runtime: str, config: str, container: str, log: RuntimeLog) -> None:
     with open(config, "rb") as stream:
         text = stream.read()
     try:
         before = json.loads(text)
     except (ValueError, RecursionError):
         return  # which the runtime says better
-    ours = settings.load()
-    if not (spec.opted_in(before) or ours.opt_in == "name"):
+    ours = settings.load(configuration)
+    if not (spec.opted_in(before) or (ours.opt_in == "name" and isinstance(before, dict))):
         return
-    if not agent.is_there(ours):
-        log.write("warning", f"{agent.absence(ours)} The container {container} starts without mpu-notify.")
-        return
-    metadata = agent.metadata(container, "shim")
-    after = spec.rewrite(before, ours.socket, metadata, flags.taken_by(runtime), os.uname().machine)
+    if agent.is_there(ours):
+        metadata = agent.metadata(container, "shim")
+        taken = flags.taken_by(runtime, os.path.dirname(ours.socket))
+        after = spec.rewrite(before, ours.socket, metadata, taken, os.uname().machine)
+    else:
+        warning = f"{agent.absence(ours)} The container {container} starts without mpu-notify."
+        log.write("warning", warning)
+        agent.warn("mpu-notify-runtime", warning)
+        after = spec.without_listener(before)
     if after != before:
         _replace(config, json.dumps(after, separators=(",", ":")).encode())
 

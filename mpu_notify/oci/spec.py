@@ -14,6 +14,8 @@ Imports next to nothing: the runtime shim runs this under the eyes of whoever wa
 
 from __future__ import annotations
 
+import json
+
 from mpu_notify.errors import MpuNotifyError
 
 TYPE_CHECKING = False
@@ -33,6 +35,7 @@ MACHINES = {"x86_64": ("X86_64", "X86", "X32"), "aarch64": ("AARCH64", "ARM")}
 
 _NOTIFY = "SCMP_ACT_NOTIFY"
 _PERMISSIVE = ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG")
+_ONLY_WITH_LISTENER = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"  # the kernel takes it with one only
 _COMMAND = 1  # which argument of ioctl is the command
 _LOW = 2**32 - 1  # what the kernel takes of it, on any ABI
 _EPERM = 1
@@ -69,6 +72,34 @@ def _object(value: object, what: str) -> Json:
     return value or {}
 
 
+def without_listener(spec: Json) -> Json:
+    """The spec as it was before it was rewritten, but that what it had logged may just be allowed, or the same spec.
+
+    A bundle that is started a second time has our listener in it already.
+    """
+    linux = spec.get("linux") or {}
+    profile = linux.get("seccomp") or {}
+    if not _is_ours(profile):
+        return spec
+    kept = {key: value for key, value in profile.items() if key not in ("listenerPath", "listenerMetadata", "flags")}
+    remaining = [flag for flag in profile.get("flags") or [] if flag != _ONLY_WITH_LISTENER]
+    syscalls = [
+        {**entry, "action": _PERMISSIVE[0]} if entry.get("action") == _NOTIFY else entry
+        for entry in profile.get("syscalls") or []
+    ]
+    seccomp = {**kept, **({"flags": remaining} if remaining else {}), "syscalls": syscalls}
+    return {**spec, "linux": {**linux, "seccomp": seccomp}}
+
+
+def _is_ours(profile: Json) -> bool:
+    """Whether the listener in a profile was put there by us, for whichever socket."""
+    try:
+        metadata = json.loads(profile.get("listenerMetadata") or "")
+    except (TypeError, ValueError):
+        return False
+    return bool(profile.get("listenerPath")) and isinstance(metadata, dict) and set(metadata) == {"container", "route"}
+
+
 def unconfined(machine: str) -> Json:
     """The profile that allows everything, for all syscall ABIs of a machine."""
     architectures = [f"SCMP_ARCH_{abi}" for abi in MACHINES.get(machine, ())]
@@ -81,8 +112,8 @@ def listen(profile: Json, socket: str, metadata: str, flags: Iterable[str]) -> J
     The same profile where it allows no RM control. Raises SpecError.
     """
     present = profile.get("listenerPath")
-    if present == socket:
-        return {**profile, "listenerMetadata": metadata}
+    if present == socket or _is_ours(profile):
+        return {**profile, "listenerPath": socket, "listenerMetadata": metadata}
     if present:
         raise SpecError(
             f"cannot have the seccomp profile listen at {socket}: it already has the listenerPath {present}, and the "

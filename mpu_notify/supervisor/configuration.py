@@ -19,7 +19,7 @@ else:
 
 FILE = Path(settings.FILE)
 
-#: Ours, and those that the routes into a container read; of [agent] the socket is for both.
+#: Ours, and those that the routes into a container read.
 _SECTIONS = {"supervisor", "log", *settings.KEYS}
 
 
@@ -57,7 +57,7 @@ _CHOICES = {
 def load(file: Path | None) -> Configuration:
     """Read the file; None: what settings.VARIABLE names, else FILE, which need not exist. Raises ConfigurationError."""
     named = file or os.environ.get(settings.VARIABLE)
-    path = Path(named or FILE)
+    path = file or Path(settings.file())
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -67,25 +67,27 @@ def load(file: Path | None) -> Configuration:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the configuration {path}: {error}") from error
     try:
-        return parse(tomllib.loads(text), path)
+        document = tomllib.loads(text)
+        routes = settings.parse(text, str(path))  # what serve takes, the routes into a container take
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is no TOML: {error}") from error
+    except settings.SettingsError as error:
+        raise ConfigurationError(str(error)) from error
+    return replace(parse(document, path), socket=routes.socket)
 
 
 def parse(document: dict[str, Any], path: Path) -> Configuration:
-    """The configuration in a decoded document; `path` is for messages. Raises ConfigurationError."""
+    """What a decoded document says, without the sections that settings.parse reads; `path` is for messages.
+
+    Raises ConfigurationError.
+    """
     unknown = sorted(set(document) - _SECTIONS)
     if unknown:
         raise ConfigurationError(f"unknown section [{unknown[0]}] in {path}")
-    agent = _section(document, "agent", path)
-    for key in agent:
-        if key not in settings.KEYS["agent"]:
-            raise ConfigurationError(f"unknown key agent.{key} in {path}")
     wanted = _section(document, "supervisor", path)
     ours = _values(Configuration(), wanted, "supervisor", path, leave_out=("socket", "log"))
-    socket = _values(Configuration(), {k: v for k, v in agent.items() if k == "socket"}, "agent", path)
     log = _values(Log(), _section(document, "log", path), "log", path)
-    return replace(Configuration(), **ours, **socket, log=Log(**log))
+    return replace(Configuration(), **ours, log=Log(**log))
 
 
 def _section(document: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
