@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mpu_notify
 from mpu_notify.cli import options
-from mpu_notify.oci.engines import docker, dropin
+from mpu_notify.oci.engines import docker, dropin, handler
 from mpu_notify.oci.engines.files import Tree, diff
 from mpu_notify.oci.engines.plan import UNDO_SUFFIX, ConfigurationError, Files, Plan
 
@@ -20,11 +20,19 @@ Tell a container engine of the runtime "mpu-notify", so that containers can be
 started under it. No container changes by that, and the engine's default runtime
 stays what it is: each container opts in by itself.
 
+What the engine calls is a handler, a file that names the runtime behind ours:
+what is the engine's default now, nvidia-container-runtime included, or PATH of
+--real-runtime. It stays that until you run this again.
+
 The daemon is not restarted; the command to run is printed.
 """
 
 EPILOG = """\
 what is written:
+  all         the handler: /etc/mpu-notify/runtimes/ENGINE, or for an ordinary
+              user ~/.config/mpu-notify/runtimes/ENGINE, which then also names
+              ~/.config/mpu-notify/config.toml as the configuration; with
+              another --config there is a number behind ENGINE
   docker      runtimes.mpu-notify in /etc/docker/daemon.json; the rest of the
               file stays as it is
   containerd  a runtime handler for Kubernetes, like the default one (cgroup
@@ -84,6 +92,16 @@ class Target:
     files: Files
 
     @property
+    def handler(self) -> str:
+        """What the engine calls."""
+        return handler.path(self.engine, self.config, _CONFIG[self.engine])
+
+    @property
+    def before(self) -> Files:
+        """All files that a plan may be about."""
+        return {**self.files, **self.tree.read([self.handler])}
+
+    @property
     def drop_in(self) -> str:
         """Where containerd's drop-in goes."""
         return posixpath.join(posixpath.dirname(self.config), "conf.d", "99-mpu-notify.toml")
@@ -98,6 +116,9 @@ def register(subparsers: options.Subparsers) -> None:
         metavar="PATH",
         default=str(Path(mpu_notify.__file__).resolve().parent / "_bin" / "mpu-notify-runtime"),
         help="the runtime's program, as the engine sees it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--real-runtime", metavar="PATH", help="the runtime behind ours (default: what the engine uses by default)"
     )
     parser.set_defaults(func=main)
 
@@ -154,19 +175,38 @@ def main(args: argparse.Namespace) -> int:
     if not (program.is_file() and os.access(program, os.X_OK)):
         # Some engines do not start with a runtime that is not there.
         raise ConfigurationError(f"there is no program {shim}: give the runtime's place with --runtime-path")
-    carry_out(where, _plan(where, shim), args, f"{where.engine} is configured already: nothing to change.")
+    plan = _plan(where)
+    finder = handler.Finder(where.tree, (shim, where.handler))
+    real = finder.program(args.real_runtime) if args.real_runtime else _real(where, finder, plan)
+    if real is None:
+        raise ConfigurationError(
+            f"cannot find {args.real_runtime or f'the runtime that {where.engine} uses by default'}: install it, or "
+            "name another by --real-runtime PATH"
+        )
+    complete = Plan(notes=plan.notes)
+    complete.set(where.before, where.handler, handler.contents(shim, real))
+    complete.files |= plan.files
+    carry_out(where, complete, args, f"{where.engine} is configured already: nothing to change.")
     return 0
 
 
-def _plan(where: Target, shim: str) -> Plan:
+def _plan(where: Target) -> Plan:
     if where.engine == "docker":
-        return docker.configure(where.files, where.config, shim)
+        return docker.configure(where.files, where.config, where.handler)
     if where.engine == "containerd":
         from mpu_notify.oci.engines import containerd  # noqa: PLC0415 - as above
 
-        return containerd.configure(where.files, where.config, where.drop_in, shim)
-    body = dropin.podman(shim) if where.engine == "podman" else dropin.crio(shim)
+        return containerd.configure(where.files, where.config, where.drop_in, where.handler)
+    body = dropin.podman(where.handler) if where.engine == "podman" else dropin.crio(where.handler)
     return dropin.configure(where.files, where.config, body)
+
+
+def _real(where: Target, finder: handler.Finder, plan: Plan) -> str | None:
+    if where.engine == "podman":
+        return finder.podman()
+    if where.engine == "crio":
+        return finder.crio()
+    return finder.program(plan.behind, "runc")
 
 
 def carry_out(where: Target, plan: Plan, args: argparse.Namespace, nothing: str) -> None:
@@ -178,7 +218,7 @@ def carry_out(where: Target, plan: Plan, args: argparse.Namespace, nothing: str)
         return
     if args.dry_run:
         sys.stdout.flush()
-        sys.stdout.buffer.write(diff(where.files, plan))
+        sys.stdout.buffer.write(diff(where.before, plan))
         return
     where.tree.apply(plan)
     for path, contents in plan.files.items():

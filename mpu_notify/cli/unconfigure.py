@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
     where = target(args)
     plan = _plan(where)
     names = _bound(where)
+    _let_go_of_handler(where, plan, names)
     carry_out(where, plan, args, f"{where.engine} is not configured: nothing to change.")
     if names:
         message = f"these containers do not start again before they are created anew: {' '.join(names)}"
@@ -64,6 +65,17 @@ def main(args: argparse.Namespace) -> int:
         message = f"containers bound to the runtime {RUNTIME} do not start again; to find them"
         print(f"mpu-notify: note: {message}: {_HOW_TO_LOOK[where.engine]}", file=sys.stderr)
     return 0
+
+
+def _let_go_of_handler(where: Target, plan: Plan, names: list[str] | None) -> None:
+    """The handler goes, but not from under containers that still need it to be stopped and removed."""
+    before = where.before
+    if where.handler not in before:
+        return
+    if names == [] or (names is None and where.tree.root != Path("/")):
+        plan.set(before, where.handler, None)
+    else:
+        plan.notes.append(f"{where.handler} stays for containers that run under it: remove it when there are none")
 
 
 def _plan(where: Target) -> Plan:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +158,29 @@ def test_docker_default_runtime_is_in_the_way_of_undoing() -> None:
         docker.unconfigure({DAEMON: contents}, DAEMON)
 
 
-def test_docker_tells_of_a_default_runtime_that_is_left_out() -> None:
-    (note,) = docker.configure({DAEMON: b'{"default-runtime": "nvidia"}'}, DAEMON, SHIM).notes
-    assert "the default runtime is nvidia" in note
+@pytest.mark.parametrize(
+    ("contents", "behind"),
+    [
+        (b"{}", "runc"),
+        (b'{"default-runtime": "runc"}', "runc"),
+        (b'{"default-runtime": "io.containerd.runc.v2"}', "runc"),
+        (
+            b'{"default-runtime": "n", "runtimes": {"n": {"path": "nvidia-container-runtime"}}}',
+            "nvidia-container-runtime",
+        ),
+        (b'{"default-runtime": "c", "runtimes": {"c": {"options": {"BinaryName": "/c"}}}}', "/c"),
+        (b'{"default-runtime": "mpu-notify", "runtimes": {"mpu-notify": {"path": "/s"}}}', "runc"),
+    ],
+)
+def test_docker_goes_on_with_its_default_runtime(contents: bytes, behind: str) -> None:
+    plan = docker.configure({DAEMON: contents}, DAEMON, SHIM)
+    assert (plan.behind, plan.notes) == (behind, [])
+
+
+def test_docker_tells_of_arguments_that_are_left_out() -> None:
+    contents = b'{"default-runtime": "k", "runtimes": {"k": {"path": "/k", "runtimeArgs": ["--x"]}}}'
+    (note,) = docker.configure({DAEMON: contents}, DAEMON, SHIM).notes
+    assert "the arguments of the default runtime k are not passed on" in note
 
 
 # --- containerd
@@ -274,8 +296,8 @@ def test_containerd_1_counts_only_the_last_file_with_cri_settings() -> None:
     after = applied(files, plan)
     assert after[CONFIG] == files[CONFIG]
     assert set(runtimes(after, "/etc/containerd/conf.d/99-nvidia.toml", OLD)) == {"nvidia", "mpu-notify"}
-    assert "nvidia-container-runtime" in plan.notes[0]
-    assert "99-nvidia.toml" in plan.notes[1]
+    assert plan.behind == "/usr/bin/nvidia-container-runtime"
+    assert "99-nvidia.toml" in plan.notes[0]
     assert applied(after, containerd.unconfigure(after, CONFIG, DROP_IN)) == files
 
 
@@ -336,12 +358,17 @@ def test_drop_in(body: Any) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A file system with a runtime in it."""
-    shim = tmp_path / "opt" / "shim"
-    shim.parent.mkdir()
-    shim.write_text("#!/bin/sh\n")
-    shim.chmod(0o755)
+    """A file system with our runtime and runc in it."""
+    for path in ("opt/shim", "usr/sbin/runc"):
+        make_program(tmp_path, path)
     return tmp_path
+
+
+def make_program(root: Path, path: str) -> None:
+    program = root / path
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
 
 
 def run(verb: str, engine: str, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -399,7 +426,8 @@ def test_the_diff_is_what_will_be(engine: str, root: Path) -> None:
     applied_lines = [line[1:] for line in diff.split(b"\n") if line.startswith(b"+") and not line.startswith(b"+++")]
     path = (DAEMON if engine == "docker" else CONFIG).lstrip("/")
     assert f"+++ b/{path}\n".encode() in diff
-    assert all(line in wanted[path] for line in applied_lines)
+    texts = wanted[path] + wanted[f"etc/mpu-notify/runtimes/{engine}"]
+    assert all(line in texts for line in applied_lines)
     assert b"\\ No newline at end of file\n" in diff
 
 
@@ -425,6 +453,83 @@ def test_new_files_are_for_all_to_read(root: Path) -> None:
     assert run("configure", "podman", root).returncode == 0
     (file,) = (root / "etc/containers/containers.conf.d").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def handler(root: Path, engine: str) -> dict[str, str]:
+    """What an engine's handler says."""
+    found: dict[str, str] = tomllib.loads((root / "etc/mpu-notify/runtimes" / engine).read_text())
+    return found
+
+
+@pytest.mark.parametrize("engine", ["docker", "containerd", "podman", "crio"])
+def test_the_engine_calls_a_handler_that_names_what_it_used(engine: str, root: Path) -> None:
+    assert run("configure", engine, root).returncode == 0
+    file = root / "etc/mpu-notify/runtimes" / engine
+    assert stat.S_IMODE(file.stat().st_mode) == 0o755
+    assert file.read_text().startswith("#!/opt/shim --handler\n")
+    assert handler(root, engine) == {"runtime": "/usr/sbin/runc"}
+    configured = b"".join(text for path, text in snapshot(root).items() if not path.startswith("etc/mpu-notify"))
+    assert f"/etc/mpu-notify/runtimes/{engine}".encode() in configured
+    assert b"/opt/shim" not in configured
+
+
+def test_a_runtime_that_comes_later_changes_nothing_before_configure(root: Path) -> None:
+    (root / "usr/sbin/runc").rename(root / "usr/sbin/crun")
+    run("configure", "podman", root)
+    assert handler(root, "podman") == {"runtime": "/usr/sbin/crun"}
+    make_program(root, "usr/bin/runc")
+    assert "nothing to change" in run("configure", "podman", root).stdout
+    assert run("configure", "podman", root, "--real-runtime", "/usr/bin/runc").returncode == 0
+    assert handler(root, "podman") == {"runtime": "/usr/bin/runc"}
+
+
+def test_nvidias_runtime_goes_behind_ours(root: Path) -> None:
+    make_program(root, "usr/bin/nvidia-container-runtime")
+    nvidia = {"default-runtime": "nvidia", "runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}}
+    put(root, DAEMON, json.dumps(nvidia).encode())
+    run("configure", "docker", root)
+    assert handler(root, "docker") == {"runtime": "/usr/bin/nvidia-container-runtime"}
+    put(
+        root,
+        CONFIG,
+        f"""version = 2
+[plugins."{OLD}".containerd]
+default_runtime_name = "nvidia"
+[plugins."{OLD}".containerd.runtimes.nvidia]
+runtime_type = "io.containerd.runc.v2"
+[plugins."{OLD}".containerd.runtimes.nvidia.options]
+BinaryName = "/usr/bin/nvidia-container-runtime"
+""".encode(),
+    )
+    run("configure", "containerd", root)
+    assert handler(root, "containerd") == {"runtime": "/usr/bin/nvidia-container-runtime"}
+
+
+def test_crio_goes_on_with_its_default_runtime(root: Path) -> None:
+    make_program(root, "usr/libexec/crio/crun")
+    put(root, "/etc/crio/crio.conf", b'[crio.runtime]\ndefault_runtime = "runc"\n')
+    put(
+        root,
+        "/etc/crio/crio.conf.d/10-crio.conf",
+        b"""[crio.runtime]
+default_runtime = "crun"
+[crio.runtime.runtimes.crun]
+runtime_path = "/usr/libexec/crio/crun"
+""",
+    )
+    run("configure", "crio", root)
+    assert handler(root, "crio") == {"runtime": "/usr/libexec/crio/crun"}
+
+
+def test_without_a_runtime_nothing_is_configured(root: Path) -> None:
+    (root / "usr/sbin/runc").unlink()
+    before = snapshot(root)
+    fails(run("configure", "docker", root), "cannot find the runtime that docker uses by default")
+    fails(run("configure", "docker", root, "--real-runtime", "/opt/none"), "cannot find /opt/none")
+    fails(run("configure", "docker", root, "--real-runtime", "/opt/shim"), "cannot find /opt/shim")
+    make_program(root, "opt/sp ace")
+    fails(run("configure", "docker", root, "--real-runtime", "/opt/sp ace", "--runtime-path", "/opt/sp ace"), "cannot")
+    assert {**before, "opt/sp ace": b"#!/bin/sh\n"} == snapshot(root)
 
 
 def fails(result: subprocess.CompletedProcess[str], message: str, status: int = 1) -> None:
@@ -460,7 +565,16 @@ def test_without_root_the_paths_are_this_machines(root: Path) -> None:
     command = [*words, "--runtime-path", str(root / "opt/shim")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
     assert "Now run: systemctl reload docker" in done.stdout
-    assert (root / "daemon.json").exists()
+    handler = Path(json.loads((root / "daemon.json").read_bytes())["runtimes"]["mpu-notify"]["path"])
+    assert handler.parent == Path("/etc/mpu-notify/runtimes")
+    version = subprocess.run([handler, "--version"], check=False, capture_output=True, text=True)
+    words[3] = "unconfigure"
+    subprocess.run([*words], check=True, capture_output=True, cwd=root)
+    handler.unlink(missing_ok=True)
+    for folder in handler.parent, handler.parent.parent:
+        with suppress(OSError):  # there may be more
+            folder.rmdir()
+    assert version.returncode == 0  # of the tree's own shim: the file is a program
 
 
 def test_containers_that_are_left_are_named(root: Path) -> None:
@@ -476,7 +590,13 @@ def test_containers_that_are_left_are_named(root: Path) -> None:
     run("configure", "docker", root)
     done = run("unconfigure", "docker", root)
     assert "do not start again before they are created anew: mapped one\n" in done.stderr
+    assert "/etc/mpu-notify/runtimes/docker stays for containers that run under it" in done.stderr
+    assert handler(root, "docker")
     assert done.returncode == 0
+    shutil.rmtree(root / "data/containers")
+    shutil.rmtree(root / "data/100000.100000")
+    assert run("unconfigure", "docker", root).returncode == 0
+    assert not (root / "etc/mpu-notify/runtimes/docker").exists()
 
 
 @pytest.mark.parametrize("verb", ["configure", "unconfigure"])

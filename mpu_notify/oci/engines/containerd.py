@@ -23,7 +23,6 @@ from mpu_notify.oci.engines.plan import (
     ConfigurationError,
     Files,
     Plan,
-    chaining,
     check_drop_in,
     drop_in,
     is_as_written,
@@ -46,7 +45,7 @@ Table = dict[str, Any]
 
 def imported(path: str, contents: bytes) -> list[str]:
     """The globs that a configuration file imports, absolute. Raises ConfigurationError."""
-    return _globs(path, _parse(path, contents))
+    return _globs(path, parse(path, contents))
 
 
 def configure(files: Files, config: str, drop_in_path: str, shim: str) -> Plan:
@@ -56,7 +55,7 @@ def configure(files: Files, config: str, drop_in_path: str, shim: str) -> Plan:
     """
     check_drop_in(files, drop_in_path)
     before = {path: _before(files, path, drop_in_path) for path in _read(files, config, drop_in_path)}
-    parsed = {path: _parse(path, contents) for path, contents in before.items()}
+    parsed = {path: parse(path, contents) for path, contents in before.items()}
     main = parsed[config]
     version = main.get("version", 1) if main else 2
     _check(config, parsed, version)
@@ -98,7 +97,7 @@ def unconfigure(files: Files, config: str, drop_in_path: str) -> Plan:
         after = _before(files, path, drop_in_path)
         if now != after and not is_as_written(files, path):
             plan.notes.append(f"{path} was changed since: only what mpu-notify added was removed")
-        for section in _sections(_parse(path, after)):
+        for section in _sections(parse(path, after)):
             if section.get("containerd", {}).get("default_runtime_name") == RUNTIME:
                 raise ConfigurationError(
                     f"{path}: default_runtime_name is {RUNTIME}, and the CRI plugin would not start: change it first"
@@ -129,7 +128,8 @@ def _before(files: Files, path: str, drop_in_path: str) -> bytes | None:
     return text.encode(errors="surrogateescape")
 
 
-def _parse(path: str, contents: bytes | None) -> Table:
+def parse(path: str, contents: bytes | None) -> Table:
+    """A TOML file, as far as its types matter here. Raises ConfigurationError."""
     try:
         found: Table = _toml.loads((contents or b"").decode())
     except UnicodeDecodeError as error:
@@ -178,9 +178,7 @@ def _handler(containerd: Table, plugin: str, shim: str, plan: Plan) -> str:
     default: Table = runtimes.get(name, {})
     if default.get("runtime_type", _RUNC) != _RUNC:
         name, default = "runc", runtimes.get("runc", {})
-    program = posixpath.basename(default.get("options", {}).get("BinaryName") or "runc")
-    if program not in ("runc", "crun"):
-        plan.notes.append(chaining(program))
+    plan.behind = default.get("options", {}).get("BinaryName") or "runc"
 
     table = {key: value for key, value in default.items() if value and not isinstance(value, dict)}
     table["runtime_type"] = _RUNC

@@ -13,7 +13,6 @@ from mpu_notify.oci.engines.plan import (
     ConfigurationError,
     Files,
     Plan,
-    chaining,
     is_as_written,
     original,
     quoted,
@@ -51,9 +50,7 @@ def configure(files: Files, path: str, shim: str) -> Plan:
     plan = Plan()
     now = files.get(path)
     found = settings(path, now)
-    default = found.get("default-runtime", "runc")
-    if default not in ("runc", RUNTIME):
-        plan.notes.append(chaining(default))
+    _set_behind(found, plan)
     entry = found.get("runtimes", {}).get(RUNTIME)
     if isinstance(entry, dict) and entry.get("path") == shim:
         return plan
@@ -66,6 +63,16 @@ def configure(files: Files, path: str, shim: str) -> Plan:
     after = _with(path, (text or b"").decode(), shim)
     plan.rewrite(files, path, before, after.encode())
     return plan
+
+
+def _set_behind(found: dict[str, Any], plan: Plan) -> None:
+    name = found.get("default-runtime", "runc")
+    default = found.get("runtimes", {}).get(name)
+    if name == RUNTIME or not isinstance(default, dict):
+        return
+    plan.behind = str(default.get("path") or (default.get("options") or {}).get("BinaryName") or "runc")
+    if default.get("runtimeArgs"):
+        plan.notes.append(f"the arguments of the default runtime {name} are not passed on to it by {RUNTIME}")
 
 
 def unconfigure(files: Files, path: str) -> Plan:

@@ -98,7 +98,7 @@ def _replace(target: Path, contents: bytes, like: Path) -> None:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            mode = 0o644
+            mode = 0o755 if contents.startswith(b"#!") else 0o644
             with suppress(FileNotFoundError):
                 status = like.stat()
                 mode = stat.S_IMODE(status.st_mode)

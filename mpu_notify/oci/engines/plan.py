@@ -29,6 +29,7 @@ class Plan:
 
     files: dict[str, bytes | None] = field(default_factory=dict)  # None: the file goes
     notes: list[str] = field(default_factory=list)
+    behind: str = "runc"  # what the engine uses by default, which goes behind our runtime
 
     def set(self, files: Files, path: str, contents: bytes | None) -> None:
         """`path` becomes `contents`, if it is not that already."""
@@ -89,11 +90,3 @@ def check_drop_in(files: Files, path: str) -> None:
 def quoted(value: object) -> str:
     """A string, number, boolean or list of them, as JSON and TOML both write it."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def chaining(name: str) -> str:
-    """What to know where the engine's default is another runtime than runc or crun."""
-    return (
-        f"the default runtime is {name}: containers under {RUNTIME} do not go through it unless "
-        "`path` in section [runtime] of /etc/mpu-notify/config.toml names it"
-    )
