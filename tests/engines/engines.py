@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests import installation
 
 from . import images
 from .agent import ANNOTATION, Policy, Runtimes
@@ -303,6 +307,35 @@ class Podman(_DockerLike):
 
     def client(self, *words: str, input_file: Path | None = None) -> str:
         return self.place.run("/usr/bin/podman", *words, account=self._account, env=self._env, input_file=input_file)
+
+    @contextmanager
+    def configured(self, socket: Path) -> Iterator[None]:
+        """Within, Podman has the runtime that its own user tells it of with `mpu-notify configure`."""
+        home, drop_in = Path(self._env["HOME"]), self.setting.directory / "99-mpu-notify.conf"
+        containers = Path(self._env["CONTAINERS_CONF"])
+        before = containers.read_text()
+        etc = Path("/etc/mpu-notify")
+        settings = home / ".config/mpu-notify" if self._account else etc
+        script = f"mkdir -p {settings}; printf '[agent]\\nsocket = \"%s\"\\n' {socket} >{settings}/config.toml"
+        words = ["podman", "--config", str(drop_in)]
+        if not self._account:
+            assert not etc.exists(), f"{etc} is somebody's"
+        try:
+            self._as_user("sh", "-c", script)
+            self._as_user(*installation.command(), "configure", *words)
+            # With CONTAINERS_CONF there are no drop-ins: the same in the one file, at the end of [engine.runtimes].
+            containers.write_text(before + drop_in.read_text().splitlines(keepends=True)[-1])
+            handler = next((settings / "runtimes").iterdir())
+            assert f'runtime = "{CRUN}"' in handler.read_text()
+            yield
+            self._as_user(*installation.command(), "unconfigure", *words)
+            assert not drop_in.exists()
+        finally:
+            containers.write_text(before)
+            shutil.rmtree(settings, ignore_errors=True)
+
+    def _as_user(self, *command: str) -> str:
+        return self.place.run(*command, account=self._account, env=self._env)
 
     def _cgroup(self) -> list[str]:
         return [] if self._account else super()._cgroup()

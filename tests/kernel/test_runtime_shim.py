@@ -39,6 +39,8 @@ int main(void) {
 }
 """
 
+MASKED = {"index": 1, "op": "SCMP_CMP_MASKED_EQ", "value": 0x3FFF00FF, "valueTwo": 0x0020002A}
+
 # What nvidia-container-runtime does: adds a prestart hook and an environment variable, then becomes its own runtime.
 CHAINED = """#!/usr/bin/python3
 import json, os, sys
@@ -154,7 +156,9 @@ class Bundle:
             f'[runtime]\npath = "{path or shutil.which(self.runtime)}"\nopt_in = "{opt_in}"\n'
         )
 
-    def call(self, *words: str | Path, program: Path = SHIM, **more: Any) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *words: str | Path, program: Path = SHIM, plain: bool = False, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Call the runtime in front of it all, in a mount namespace without a second cgroup hierarchy: crun's wish."""
         script = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
         return subprocess.run(
@@ -168,8 +172,7 @@ class Bundle:
                 script,
                 "sh",
                 program,
-                "--root",
-                self.root,
+                *([] if plain else ["--root", self.root]),
                 *words,
             ],
             env={**os.environ, "MPU_NOTIFY_CONFIG": str(self.settings)},
@@ -407,11 +410,129 @@ def test_it_is_never_its_own_runtime(bundle: Bundle, tmp_path: Path, monkeypatch
     assert bundle.call("--version").stdout.startswith("runc version")
 
 
+# A handler is what an engine calls: for `kill` and `delete` Podman gives it no environment at all.
+
+
+@pytest.fixture
+def handler(bundle: Bundle, tmp_path: Path) -> Path:
+    """What `configure` writes for an engine with the runtime of the bundle."""
+    file = tmp_path / "handler"
+    real = shutil.which(bundle.runtime)
+    file.write_text(f'#!{SHIM} --handler\n# ours\nruntime = "{real}"\nconfig = "{bundle.settings}"\n')
+    file.chmod(0o755)
+    bundle.settings.write_text(f'[agent]\nsocket = "{tmp_path}/agent.sock"\n')
+    return file
+
+
+def without_environment(bundle: Bundle, handler: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return bundle.call("-i", handler, "--root", bundle.root, *words, program=Path("/usr/bin/env"), plain=True)
+
+
+def test_a_handler_names_the_runtime_and_the_configuration(bundle: Bundle, handler: Path, agent: Agent) -> None:
+    check_trapped(without_environment(bundle, handler, "run", "--bundle", bundle.directory, bundle.id))
+    assert agent.metadata() == [{"container": bundle.id, "route": "shim"}]
+    version = without_environment(bundle, handler, "--version").stdout
+    assert version.startswith(f"{bundle.runtime} version")
+
+
+def test_a_runtime_that_comes_later_is_not_taken(
+    bundle: Bundle, handler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = tmp_path / "later"
+    later.mkdir()
+    for name in flags.RUNTIMES:
+        (later / name).write_text("#!/bin/sh\necho later\n")
+        (later / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{later}:{os.environ['PATH']}")
+    assert bundle.call("--version", program=handler).stdout.startswith(f"{bundle.runtime} version")
+
+
+def test_the_configured_path_is_before_a_handlers(bundle: Bundle, handler: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho other $2 $3\n")
+    other.chmod(0o755)
+    bundle.configure(path=other)
+    assert bundle.call("list", program=handler).stdout == f"other {bundle.root} list\n"
+
+
+def test_a_handler_that_cannot_be_read_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    result = bundle.call("--handler", tmp_path / "none", "list", plain=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"cannot read the handler {tmp_path}/none: No such file" in result.stderr
+
+
+def test_a_bundle_that_is_started_again_without_an_agent_starts(bundle: Bundle, agent: Agent) -> None:
+    check_trapped(bundle.run())
+    bundle.end()
+    bundle.settings.write_text(bundle.settings.read_text().replace("agent.sock", "gone.sock"))
+    check_not_trapped(bundle.run())
+    seccomp = bundle.spec()["linux"]["seccomp"]
+    assert not [key for key in seccomp if key.startswith("listener")]
+    assert len(agent.states) == 1
+
+
+def test_a_bundle_that_is_started_again_goes_where_the_agent_is_now(bundle: Bundle, agent: Agent) -> None:
+    spec = bundle.spec()
+    listener = {"listenerPath": "/run/moved.sock", "listenerMetadata": json.dumps({"container": "x", "route": "shim"})}
+    spec["linux"]["seccomp"] = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["ioctl"], "action": "SCMP_ACT_NOTIFY", "args": [MASKED]}],
+        **listener,
+    }
+    bundle.write(spec)
+    check_trapped(bundle.run())
+    assert agent.metadata() == [{"container": bundle.id, "route": "shim"}]
+
+
+def test_a_runtime_is_asked_what_it_takes_once(bundle: Bundle, agent: Agent, tmp_path: Path) -> None:
+    program, asked = tmp_path / "runc", tmp_path / "asked"
+    script = f"#!/bin/sh\ncase $1 in features | --version) echo >>{asked} ;; esac\n"
+
+    def create() -> int:
+        assert bundle.call("create", "--bundle", bundle.directory, "x").returncode == 0
+        return len(asked.read_text().splitlines())
+
+    program.write_text(script)
+    program.chmod(0o755)
+    bundle.configure(path=program)
+    once = create()
+    assert once > 0
+    assert create() == once
+    program.write_text(f"{script}# a newer one\n")
+    assert create() == 2 * once
+    assert not agent.states
+
+
+def test_an_error_is_in_a_log_that_is_named_as_a_file(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.settings.write_text("[runtime]\npath = '/none'\n")
+    assert bundle.call("--log", f"file:{bundle.log}", "list").returncode == 1
+    assert "cannot find the real OCI runtime /none" in bundle.log.read_text()
+    assert bundle.call("--log", "syslog:x", "list", cwd=tmp_path).returncode == 1
+    assert not (tmp_path / "syslog:x").exists()
+
+
+@pytest.mark.parametrize("text", [f'["{ANNOTATION}"]', f'{{"annotations": ["{ANNOTATION}"]}}', f'"{ANNOTATION}"'])
+def test_what_is_no_spec_is_for_the_runtime_to_refuse(bundle: Bundle, echoed: Path, text: str) -> None:
+    bundle.config.write_text(text)
+    result = bundle.call("create", "--bundle", bundle.directory, "x")
+    assert (result.returncode, result.stderr, bundle.config.read_text()) == (0, "", text)
+    assert echoed.exists()
+
+
 def test_precreate_edits_the_spec(bundle: Bundle, agent: Agent) -> None:
     edited = hook(bundle, bundle.config.read_bytes())
     bundle.config.write_bytes(edited.stdout)
     check_trapped(bundle.call("run", "--bundle", bundle.directory, bundle.id, program=Path(bundle.runtime)))
     assert agent.metadata() == [{"container": "", "route": "precreate"}]
+
+
+def test_precreate_takes_a_configuration(bundle: Bundle, agent: Agent) -> None:
+    text, words = bundle.config.read_bytes(), ["/usr/bin/env", "-i", "/usr/bin/python3", "-I", "-S", str(PRECREATE)]
+    named = subprocess.run([*words, "--config", str(bundle.settings)], input=text, capture_output=True, check=True)
+    assert json.loads(named.stdout)["linux"]["seccomp"]["listenerPath"] == str(agent.path)
+    wrong = subprocess.run([*words, "--confug"], input=text, capture_output=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (1, b"")
+    assert b"--config FILE" in wrong.stderr
 
 
 def test_precreate_leaves_others_as_they_are(bundle: Bundle) -> None:
