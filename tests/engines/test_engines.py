@@ -148,6 +148,7 @@ def test_without_an_agent_a_container_is_refused_where_that_is_wished(stage: Sta
     with pytest.raises(CommandError) as refused:
         stage.out.start(engine, Wish(policy=Policy.ABSENT_REFUSE))
     assert str(engine.setting.runtimes.absent_socket) in str(refused.value)
+    assert "not found" not in str(refused.value)
 
 
 @every_engine

@@ -568,6 +568,31 @@ def test_profile_with_a_listener(bundle: Bundle, engine: str, absent: str) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_profile_that_has_our_own_listener_is_no_other(bundle: Bundle, engine: str) -> None:
+    bundle.hook("createRuntime", "--absent", "refuse")
+    bundle.config["linux"]["seccomp"] = profile(listenerPath=str(bundle.socket))
+    bundle.config["linux"]["seccomp"]["syscalls"].append({"names": ["acct"], "action": "SCMP_ACT_NOTIFY"})
+    with agent_at(bundle.socket) as agent:
+        done = bundle.run(engine)
+    assert (done.returncode, done.stdout) == (0, UNCOVERED), done.stderr
+    assert agent.message is not None
+    assert "hook" not in str(agent.message)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_is_as_configured(bundle: Bundle, engine: str) -> None:
+    file = bundle.directory / "ours.toml"
+    words = ["mpu-notify-hook", "--config", str(file)]
+    bundle.config["hooks"] = {"createRuntime": [{"path": str(HOOK), "args": words}]}
+    file.write_text(f"# ours\n[runtime]\nsocket = '/not/this'\n[ agent ]\n  socket='{bundle.socket}' # here\n")
+    check_covered(bundle, engine, covered())
+    file.write_text(file.read_text() + 'absent = "refuse"\n')
+    assert bundle.run(engine).returncode != 0
+    words += ["--absent", "start"]
+    assert bundle.run(engine).returncode == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_many_times(
     bundle: Bundle, engine: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +57,20 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
         ["sh", "-c", "mpu-notify --help | head -c 1"], capture_output=True, text=True, check=False, timeout=30
     )
     assert done.stderr == ""
+
+
+def test_the_hook_is_a_command_too() -> None:
+    done = subprocess.run(["mpu-notify-hook", "--help"], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: mpu-notify-hook ")
+
+
+def test_and_the_runtime(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.write_text('#!/bin/sh\necho "$@"\n')
+    real.chmod(0o755)
+    config = tmp_path / "config.toml"
+    config.write_text(f'[runtime]\npath = "{real}"\n')
+    environment = {**os.environ, "MPU_NOTIFY_CONFIG": str(config)}
+    done = subprocess.run(["mpu-notify-runtime", "list"], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "list\n"

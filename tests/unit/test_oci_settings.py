@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from mpu_notify.oci import flags, settings
 from mpu_notify.oci.agent import AgentAbsentError, is_there
+from mpu_notify.supervisor import configuration
 
 from .readers import compile_readers, runtime_section
 
@@ -104,6 +106,48 @@ def test_no_bytes_in_the_file_do_more_than_raise_a_settings_error(file: Path, te
         settings.load()
     path, _ = runtime_section()
     assert path.encode(errors="surrogateescape") in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[agent]\nabsent = "maybe"\n',
+        "[runtime]\npath = 3\n",
+        "[runtime]\noptin = 'name'\n",
+        'agent.socket = "/run/x.sock"\n',
+        '[agent]\nsocket = "a.sock"\n',
+    ],
+)
+def test_serve_refuses_what_the_routes_refuse(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    with pytest.raises(settings.SettingsError) as refused:
+        settings.load(str(file))
+    with pytest.raises(configuration.ConfigurationError, match=re.escape(str(refused.value))):
+        configuration.load(file)
+
+
+def test_serve_listens_where_the_routes_go(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("[agent]\nsocket = '/run/x.sock'\n[supervisor]\nanswer_timeout = 2.5\n[log]\nlevel = 'debug'\n")
+    found = configuration.load(file)
+    assert (found.socket, found.answer_timeout, found.log.level) == (settings.load(str(file)).socket, 2.5, "debug")
+
+
+def test_an_ordinary_user_may_have_a_file_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(settings.VARIABLE, raising=False)
+    own = tmp_path / ".config/mpu-notify/config.toml"
+    own.parent.mkdir(parents=True)
+    for user, expected in ((1000, settings.FILE), (0, settings.FILE)):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        assert settings.file() == expected
+    own.touch()
+    assert settings.file() == settings.FILE
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert settings.file() == str(own)
+    monkeypatch.setenv(settings.VARIABLE, "/named")
+    assert settings.file() == "/named"
 
 
 def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

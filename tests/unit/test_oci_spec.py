@@ -232,6 +232,39 @@ def test_rewriting_twice_is_rewriting_once() -> None:
     assert again["linux"]["seccomp"] == {**once["linux"]["seccomp"], "listenerMetadata": '{"container": "other"}'}
 
 
+METADATA = '{"container": "c", "route": "shim"}'
+
+
+def test_a_listener_of_ours_moves_with_the_agent() -> None:
+    once = spec.rewrite({"linux": {}}, "/run/old.sock", METADATA, FLAGS, "x86_64")
+    again = spec.rewrite(once, SOCKET, '{"container": "d", "route": "shim"}', [], "x86_64")["linux"]["seccomp"]
+    assert again["listenerPath"] == SOCKET
+    assert json.loads(again["listenerMetadata"])["container"] == "d"
+
+
+@settings(max_examples=500, deadline=None)
+@given(profile=_profiles, abi=abis, cmd=commands(), fd=st.sampled_from([0, 3, 7]))
+def test_without_our_listener_a_profile_says_what_it_said(profile: Profile, abi: str, cmd: int, fd: int) -> None:
+    try:
+        before = compile_profile(profile)
+        once = spec.listen(profile, SOCKET, METADATA, FLAGS)
+    except (OSError, spec.SpecError):
+        assume(False)  # noqa: FBT003 - libseccomp takes no such profile, or we do not
+    assume("listenerPath" in once)
+    after = spec.without_listener({"linux": {"seccomp": once}})["linux"]["seccomp"]
+    assert not [key for key in after if key.startswith("listener")]
+    assert FLAGS[1] not in after.get("flags", [])
+    assume(not denied_below_32_bits(profile, cmd))
+    now, former = (verdict(program, abi, cmd, fd) for program in (compile_profile(after), before))
+    assert now == former or {now, former} == {ALLOW, LOG}
+
+
+@pytest.mark.parametrize("listener", [{}, {"listenerPath": "/x"}, {"listenerPath": "/x", "listenerMetadata": "theirs"}])
+def test_what_is_not_ours_is_not_taken_out(listener: Profile) -> None:
+    config = {"linux": {"seccomp": {**profile_of("ALLOW"), **listener}}}
+    assert spec.without_listener(config) is config
+
+
 def test_in_dockers_form_its_conditions_stay() -> None:
     includes = {"caps": ["CAP_SYS_ADMIN"]}
     entry = {**rule("ALLOW"), "names": ["mount", "ioctl"], "includes": includes}
@@ -253,6 +286,7 @@ def test_its_old_form_is_taken() -> None:
         ({"annotations": {spec.ANNOTATION: "true"}}, True),
         ({"annotations": {spec.ANNOTATION: "false"}}, False),
         ({"annotations": None}, False),
+        ({"annotations": [spec.ANNOTATION]}, False),
         ({"hostname": spec.ANNOTATION}, False),
     ],
 )
