@@ -196,28 +196,35 @@ __attribute__((format(printf, 2, 3))) static int complain(const struct command *
     return 1;
 }
 
-/* Whether `path` is a program that is not this one. */
-static bool is_other_program(const char *path)
+static bool is_same_file(const struct stat *one, const char *path)
 {
-    struct stat ours, theirs;
+    struct stat other;
 
-    if (stat(path, &theirs) || !S_ISREG(theirs.st_mode) || access(path, X_OK))
+    return !stat(path, &other) && one->st_dev == other.st_dev && one->st_ino == other.st_ino;
+}
+
+/* Whether `path` is a program, and neither this one nor the handler by which this one was called. */
+static bool is_other_program(const char *path, const char *handler)
+{
+    struct stat status;
+
+    if (stat(path, &status) || !S_ISREG(status.st_mode) || access(path, X_OK))
         return false;
-    return stat("/proc/self/exe", &ours) || ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino;
+    return !is_same_file(&status, "/proc/self/exe") && !(handler && is_same_file(&status, handler));
 }
 
 /* Find a program as a shell would, but never this one. */
-static bool find_program(const char *name, char out[PATH_MAX])
+static bool find_program(const char *name, const char *handler, char out[PATH_MAX])
 {
     const char *folders = getenv("PATH");
 
     if (strchr(name, '/'))
-        return snprintf(out, PATH_MAX, "%s", name) < PATH_MAX && is_other_program(out);
+        return snprintf(out, PATH_MAX, "%s", name) < PATH_MAX && is_other_program(out, handler);
     for (folders = folders && *folders ? folders : DEFAULT_PATH;; folders++) {
         size_t length = strcspn(folders, ":");
         int written = snprintf(out, PATH_MAX, "%.*s/%s", (int)length, folders, name);
 
-        if (length && length < PATH_MAX && written < PATH_MAX && is_other_program(out))
+        if (length && length < PATH_MAX && written < PATH_MAX && is_other_program(out, handler))
             return true;
         folders += length;
         if (!*folders)
@@ -225,12 +232,12 @@ static bool find_program(const char *name, char out[PATH_MAX])
     }
 }
 
-static bool find_runtime(const struct settings *settings, char out[PATH_MAX])
+static bool find_runtime(const struct settings *settings, const char *handler, char out[PATH_MAX])
 {
     if (*settings->path)
-        return find_program(settings->path, out);
+        return find_program(settings->path, handler, out);
     for (size_t i = 0; i < COUNT(runtimes); i++)
-        if (find_program(runtimes[i], out))
+        if (find_program(runtimes[i], handler, out))
             return true;
     return false;
 }
@@ -273,9 +280,9 @@ static bool find_python(const char *package, char out[PATH_MAX])
     folder = cut(prefix);
     if ((strcmp(folder, "site-packages") == 0 || strcmp(folder, "dist-packages") == 0) &&
         strncmp(cut(prefix), "python3", strlen("python3")) == 0 && strcmp(cut(prefix), "lib") == 0 &&
-        snprintf(out, PATH_MAX, "%s/bin/python3", prefix) < PATH_MAX && is_other_program(out))
+        snprintf(out, PATH_MAX, "%s/bin/python3", prefix) < PATH_MAX && is_other_program(out, NULL))
         return true;
-    return find_program("/usr/bin/python3", out) || find_program("python3", out);
+    return find_program("/usr/bin/python3", NULL, out) || find_program("python3", NULL, out);
 }
 
 /* Have shim.py rewrite the spec and become the runtime. Returns only where that cannot be started. */
@@ -327,7 +334,7 @@ int main(int argc, char **argv)
     command = read_command(argc, argv);
     if (error)
         return complain(&command, "cannot read the handler %s: %s", handler, strerror(-error));
-    if (!find_runtime(&settings, runtime))
+    if (!find_runtime(&settings, handler, runtime))
         return complain(
             &command,
             "cannot find the real OCI runtime %s: install it, or name it by [runtime] path in %s or, as the "

@@ -100,17 +100,16 @@ class Runtimes:
                 f'socket = "{made.absent_socket if absent else socket}"\n'
                 f'absent = "{"refuse" if policy is Policy.ABSENT_REFUSE else "start"}"\n'
                 "[runtime]\n"
-                f'path = "{real}"\n'
                 f'opt_in = "{"annotation" if policy is Policy.ANNOTATED else "name"}"\n'
             )
+            handler = directory / f"{policy.value}.handler"
+            program = package() / "_bin" / "mpu-notify-runtime"
+            handler.write_text(f'#!{program} --handler\nruntime = "{real}"\nconfig = "{config}"\n')
             made.path(policy).write_text(
-                _WRAPPER.format(
-                    kept=shlex.quote(str(made._kept)),
-                    config=shlex.quote(str(config)),
-                    runtime=package() / "_bin" / "mpu-notify-runtime",
-                )
+                _WRAPPER.format(kept=shlex.quote(str(made._kept)), handler=shlex.quote(str(handler)))
             )
-            made.path(policy).chmod(0o755)
+            for file in handler, made.path(policy):
+                file.chmod(0o755)
         return made
 
     @property
@@ -149,7 +148,7 @@ if [ -n "$bundle" ]; then
     cp "$bundle"/config.json {kept}/"$option"/before.json
     ln -sfn "$bundle" {kept}/"$option"/bundle
 fi
-MPU_NOTIFY_CONFIG={config} exec {runtime} "$@"
+exec {handler} "$@"
 """
 
 

@@ -519,6 +519,15 @@ def test_what_is_no_spec_is_for_the_runtime_to_refuse(bundle: Bundle, echoed: Pa
     assert echoed.exists()
 
 
+def test_a_handler_is_never_its_own_runtime(
+    bundle: Bundle, handler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler.write_text(f"#!{SHIM} --handler\n")
+    (tmp_path / "runc").symlink_to(handler)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert bundle.call("--version", program=handler).stdout.startswith("runc version")
+
+
 def test_precreate_edits_the_spec(bundle: Bundle, agent: Agent) -> None:
     edited = hook(bundle, bundle.config.read_bytes())
     bundle.config.write_bytes(edited.stdout)
