@@ -94,9 +94,8 @@ def _set(settings: Settings, section: str, line: str, where: str) -> None:
     key, value = setting[1], setting[2] if setting[2] is not None else setting[3]
     choices = KEYS.get(section, {}).get(key)
     if choices is None:
-        raise SettingsError(
-            f"unknown key {key!r} in {where}: section [{section}] has {', '.join(KEYS.get(section, {})) or 'none'}"
-        )
+        name, known = f"{section}.{key}".lstrip("."), ", ".join(KEYS.get(section, {})) or "none"
+        raise SettingsError(f"unknown key {name} in {where}: section [{section}] has {known}")
     if choices and value not in choices:
         raise SettingsError(f"{key} = {value!r} in {where}: must be one of {', '.join(choices)}")
     if key == "socket" and not value.startswith("/"):

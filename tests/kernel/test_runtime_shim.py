@@ -312,7 +312,7 @@ def test_a_wrong_configuration_hurts_only_who_opted_in(bundle: Bundle) -> None:
     bundle.settings.write_text(bundle.settings.read_text() + 'colour = "red"\n')
     result = bundle.run()
     assert result.returncode == 1
-    assert f"unknown key 'colour' in {bundle.settings}" in result.stderr
+    assert f"unknown key runtime.colour in {bundle.settings}" in result.stderr
     bundle.change(annotations={})
     check_not_trapped(bundle.run())
 

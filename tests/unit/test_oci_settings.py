@@ -51,9 +51,9 @@ def test_keys_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("[agents]", r"unknown section \[agents\] in config.toml, line 1"),
         ("[agent.more]", r"unknown section \[agent.more\] in config.toml"),
-        ('[agent]\nsockets = "/x"', "unknown key 'sockets' in config.toml, line 2"),
-        ('[agent]\nopt_in = "name"', "unknown key 'opt_in' in config.toml"),
-        ('socket = "/x"', "unknown key 'socket' in config.toml, line 1"),
+        ('[agent]\nsockets = "/x"', "unknown key agent.sockets in config.toml, line 2"),
+        ('[agent]\nopt_in = "name"', "unknown key agent.opt_in in config.toml"),
+        ('socket = "/x"', "unknown key socket in config.toml, line 1"),
         ('[agent]\nabsent = "maybe"', "absent = 'maybe' in config.toml, line 2: must be one of start, refuse"),
         ('[agent]\nsocket = "agent.sock"', "must be an absolute path"),
         ("[agent]\nabsent = start", "cannot read 'absent = start' in config.toml, line 2"),
