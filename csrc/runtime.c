@@ -290,17 +290,17 @@ static int become_shim(const struct command *command, struct settings *settings,
 {
     char package[PATH_MAX], shim[PATH_MAX], python[PATH_MAX];
     ssize_t length = readlink("/proc/self/exe", package, sizeof(package));
-    char *words[MAX_ARGUMENTS + 1];
-    char *head[] = {python,
-                    "-I",
-                    "-S",
-                    shim,
-                    settings->file,
-                    runtime,
-                    (char *)command->bundle,
-                    (char *)command->log,
-                    (char *)command->log_format,
-                    (char *)command->container};
+    const char *words[MAX_ARGUMENTS + 1];
+    const char *head[] = {python,
+                          "-I",
+                          "-S",
+                          shim,
+                          settings->file,
+                          runtime,
+                          command->bundle,
+                          command->log,
+                          command->log_format,
+                          command->container};
 
     if (length < 0 || (size_t)length >= sizeof(package))
         return complain(command, "cannot find my own program by /proc/self/exe: mount /proc");

@@ -76,10 +76,23 @@ static inline bool settings_take(const char **at, const char *word)
     return true;
 }
 
-/* Whether a line that begins a section begins this one. */
-static inline bool settings_opens(const char *line, const char *section)
+/* Whether lines are of this section from this one on, where it begins a section; else as before. */
+static inline bool settings_within(const char *line, const char *section, bool before)
 {
-    return settings_take(&line, "[") && settings_take(&line, section) && *line == ']';
+    const char *name;
+    size_t length;
+
+    if (!settings_take(&line, "["))
+        return before;
+    name = line;
+    length = strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-");
+    line = settings_skip(name + length);
+    if (!length || *line != ']')
+        return before;
+    line = settings_skip(line + 1);
+    if (*line && !strchr("#\r\n", *line))
+        return before;
+    return strlen(section) == length && memcmp(name, section, length) == 0;
 }
 
 /* The string of a line `key = "string"`, with its length, or NULL. */
@@ -110,8 +123,7 @@ static inline void settings_find(const char *text, const char *section, const ch
         size_t length;
 
         line = settings_skip(line + strspn(line, "\r\n"));
-        if (*line == '[')
-            within = *section && settings_opens(line, section);
+        within = settings_within(line, section, within);
         value = within ? settings_value(line, key, &length) : NULL;
         if (value && length < size) {
             memcpy(out, value, length);

@@ -75,7 +75,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!configuration) {
         configuration = make_file("config.toml");
         config = make_file("config.json");
-        EXPECT(setenv(CONFIGURATION_VARIABLE, "config.toml", 1) == 0);
+        EXPECT(setenv(SETTINGS_VARIABLE, "config.toml", 1) == 0);
     }
     fds = open_fds();
     check_escape(words.bytes, words.size / 2 + 1);
@@ -83,7 +83,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     command = read_command(count, arguments);
     check_command(&command, count, arguments);
     fill_file(configuration, toml);
-    read_settings(&settings);
+    EXPECT(read_settings(NULL, &settings) == 0);
     EXPECT(strlen(settings.path) < sizeof(settings.path));
     fill_file(config, spec);
     check_rewriting(&command, &settings, spec);

@@ -26,7 +26,7 @@ void runtime_section(char *path, size_t size, int *by_name)
 {
     struct settings settings = {0};
 
-    read_settings(&settings);
+    read_settings(NULL, &settings);
     snprintf(path, size, "%s", settings.path);
     *by_name = settings.by_name;
 }

@@ -34,6 +34,7 @@ from .oci_profiles import (
     listened,
     resolve,
     verdict,
+    words,
 )
 
 ALLOW, LOG = 0x7FFF0000, 0x7FFC0000  # SECCOMP_RET_*
