@@ -348,9 +348,9 @@ def test_text_that_no_runtime_takes_is_left_to_the_runtime(tmp_path: Path) -> No
         b'"io.mpu-notify.enable"',
         b'{"annotations": "io.mpu-notify.enable"}',
     ):
-        assert precreate._edit(text) == text
+        assert precreate._edit(text, str(tmp_path / "none")) == text
         config.write_bytes(text)
-        shim._prepare("/bin/false", str(config), "c1", shim.RuntimeLog("", ""))
+        shim._prepare(str(tmp_path / "none"), "/bin/false", str(config), "c1", shim.RuntimeLog("", ""))
         assert config.read_bytes() == text
 
 
