@@ -17,6 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -120,6 +121,7 @@ static const struct sock_filter CONFINE_FILTER[] = {
     /* threads, and the child that looks at a rootless caller; clone3 has its flags in memory, so it is not for us */
     ALLOW_WITHOUT(clone, 0, CONFINE_NEW_NAMESPACES),
     ALLOW_WHERE(setns, 1, CLONE_NEWUSER),
+    ALLOW_WHERE(prctl, 0, PR_SET_PDEATHSIG),
     ALLOW(wait4),
     ALLOW(waitid),
     ALLOW(set_robust_list),

@@ -47,7 +47,7 @@ _ALWAYS: tuple[str, ...] = (
     *("connect", "socketpair", "sendto", "sendmsg", "recvfrom", "recvmsg", "shutdown"),
     *("getsockopt", "setsockopt", "getsockname", "getpeername"),
     *("epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "poll", "ppoll", "select", "pselect6"),
-    *("futex", "pidfd_open", "sched_yield", "sched_getaffinity", "restart_syscall", "nanosleep", "clock_nanosleep"),
+    *("futex", "sched_yield", "sched_getaffinity", "restart_syscall", "nanosleep", "clock_nanosleep"),
     *("clock_gettime", "clock_getres", "gettimeofday", "getrandom", "uname", "sysinfo"),
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "sigaltstack"),
     *("getpid", "getppid", "gettid", "getuid", "geteuid", "getgid", "getegid"),
@@ -65,7 +65,7 @@ _ALONE_WHERE = (
 
 #: To start a monitor, and what it does. Its program is executed, and its sockets are made, under this filter.
 _WITH_MONITORS: tuple[str, ...] = (
-    *("fork", "vfork", "execve", "wait4", "waitid", "kill", "tgkill", "pidfd_send_signal", "setsid"),
+    *("fork", "vfork", "execve", "wait4", "waitid", "kill", "tgkill", "pidfd_open", "pidfd_send_signal", "setsid"),
     *("access", "faccessat", "faccessat2", "arch_prctl", "set_tid_address", "close_range", "chdir"),
     *("ioctl", "process_vm_readv", "pwrite64", "pidfd_getfd", "kcmp", "signalfd4", "seccomp", "capget", "capset"),
     *("bind", "listen", "accept4", "umask", "unlink", "unlinkat", "prctl"),

@@ -335,10 +335,12 @@ class Monitor:
 
 
 def _pidfd(pid: int) -> int:
-    """-1 where the process is gone."""
+    """-1 where the process is gone, or where we may start none and so need not know (see confinement)."""
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
+    except OSError as error:
+        if error.errno not in (errno.ESRCH, errno.ENOSYS):
+            raise
         return -1
 
 
