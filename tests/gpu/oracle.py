@@ -14,15 +14,16 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ from mpu_notify.rm.client import RmClient
 from mpu_notify.standin.process import StandIn
 from tests.gpu import ask as questions
 from tests.gpu import raw, report
+from tests.gpu.containers import Containers
 from tests.gpu.report import Comparison, Findings, Timing
 from tests.gpu.rows import Judgement, Verdict
 from tests.gpu.scene import (
@@ -59,6 +61,7 @@ from tests.gpu.scene import (
 from tests.gpu.tools import ASK_PY, Machine, Tool, session_tools
 
 RESULTS = HERE.parents[1] / "docs" / "gpu-results.md"
+RESULTS_OF_CONTAINERS = RESULTS.with_name("gpu-containers.md")
 BUDGET_S = 230.0
 _GRACE_S = 55.0  # what was begun within the budget ends within this, or is ended
 _TRIES = 3
@@ -108,6 +111,8 @@ class Run:
     deadline: float
     findings: Findings
     write: Callable[[], None]
+    runtime: Path | None = None
+    """The OCI runtime whose containers the namespaces are of; None: they are of `mpu-notify run`."""
 
     def in_time(self) -> bool:
         return time.monotonic() < self.deadline
@@ -153,28 +158,61 @@ def _try(comparison: Comparison, tool: Tool, scene: Scene, there: Place, log: Lo
     return outcome.judgement
 
 
-def compare_all(run: Run) -> None:
-    """Set the scene and compare every tool in every namespace."""
-    logs = {name: run.work / f"log-{name}.jsonl" for name in "AB"}
-    findings = run.findings
+@dataclass
+class Stage:
+    """The scene, where the calls of its namespaces are logged, and the containers that they are of, if they are."""
+
+    scene: Scene
+    logs: Mapping[str, Path]
+    containers: Containers | None = None
+
+    def log(self, place: str) -> Log:
+        return Log(self.logs["B" if place == "B" else "A"])
+
+    def container(self, record: Mapping[str, object], name: str) -> str:
+        """Whose record it is, by the name of the place; that of its log where it has one of its own."""
+        return str(record.get("container", "")).rpartition("-")[2] if self.containers else name
+
+
+def _set_stage(run: Run, stack: ExitStack) -> Stage:
+    machine, runtime = run.machine, run.runtime
+    stage = Stage(Scene(run.work, ()), {name: run.work / f"log-{name}.jsonl" for name in "AB"})
+    if runtime:
+        stage.logs = dict.fromkeys(stage.logs, run.work / "log.jsonl")
+        options = ["--translate", "always", *machine.device]
+        stage.containers = Containers(runtime, run.work, stage.logs["A"], options, stack)
 
     def command(name: str) -> list[str]:
-        log = ("--log-level", "debug", "--log-format", "json", "--log-file", str(logs[name]))
-        return [*run.machine.run(*log), "sh"]
+        if stage.containers:
+            return stage.containers.command(name, *([machine.stand_in.parent] if machine.stand_in else []))
+        log = ("--log-level", "debug", "--log-format", "json", "--log-file", str(stage.logs[name]))
+        return [*machine.run(*log), "sh"]
 
+    options = machine.device or ["--cuda"]
+    scene = stage.scene = set_scene(run.work, command, [*options, "--busy"], min(_MOST_GPUS, len(machine.gpus)), stack)
+    if stage.containers and "A" in scene.places:
+        by_exec = stage.containers.exec_command("A")
+        scene.add("A, by exec", lambda: open_shell("exec", by_exec, run.work, stack))
+    findings = run.findings
+    findings.problems += scene.problems
+    findings.notes += scene.notes
+    findings.workers = [
+        f"{one.name} | {', '.join(map(str, one.gpus))} | {one.mib} MiB | {', '.join(map(str, one.process.pids))}"
+        for one in scene.workers
+        if one.process
+    ]
+    say(f"the scene is set; problems: {scene.problems or 'none'}")
+    for line in findings.workers:
+        say(f"    {line}")
+    return stage
+
+
+def compare_all(run: Run) -> None:
+    """Set the scene and compare every tool in every namespace."""
+    findings = run.findings
     with ExitStack() as stack:
-        options = run.machine.device or ["--cuda"]
-        scene = set_scene(run.work, command, [*options, "--busy"], min(_MOST_GPUS, len(run.machine.gpus)), stack)
-        findings.problems += scene.problems
-        findings.notes += scene.notes
-        findings.workers = [
-            f"{one.name} | {', '.join(map(str, one.gpus))} | {one.mib} MiB | {', '.join(map(str, one.process.pids))}"
-            for one in scene.workers
-            if one.process
-        ]
-        say(f"the scene is set; problems: {scene.problems or 'none'}")
-        for line in findings.workers:
-            say(f"    {line}")
+        stage = _set_stage(run, stack)
+        scene = stage.scene
         _wait_for_samples(run, scene)
         tools = run.machine.tools()
         if not run.machine.stand_in:
@@ -187,24 +225,43 @@ def compare_all(run: Run) -> None:
         run.write()
         for there in scene.places.values():
             if there.depth:
-                _compare_in(there, tools, scene, run)
+                _compare_in(there, tools, stage, run)
                 run.write()  # what is known is kept should the rest fail or take too long
+        if stage.containers and "A" in scene.places:
+            _change_supervisors(stage.containers, tools, stage, run)
     if left := left_behind(scene):
         findings.problems.append(f"left behind: {', '.join(left)}")
-    for name, file in logs.items():
+    _gather_complaints(stage, run)
+
+
+def _gather_complaints(stage: Stage, run: Run) -> None:
+    for file, name in {file: name for name, file in stage.logs.items()}.items():
         found = [one for one in Log(file).records() if one["level"] in ("warning", "error")]
-        findings.untranslated += [f"{name}: {one['message']}: {one.get('reason', '')}" for one in found]
+        run.findings.untranslated += [
+            f"{stage.container(one, name)}: {one['message']}: {one.get('reason', '')}" for one in found
+        ]
         if run.raw and file.exists():
             (run.raw / file.name).write_bytes(file.read_bytes())
 
 
-def _compare_in(there: Place, tools: Iterable[Tool], scene: Scene, run: Run) -> None:
-    log = Log(scene.work / f"log-{'B' if there.name == 'B' else 'A'}.jsonl")
+def _change_supervisors(containers: Containers, tools: Sequence[Tool], stage: Stage, run: Run) -> None:
+    """Without a supervisor the driver's own answer stands; the next one serves the containers that there are."""
+    inside = stage.scene.places["A"]
+    containers.kill_supervisor()
+    untranslated = [tool.unaided() for tool in tools if tool.command == run.machine.table()]
+    _compare_in(replace(inside, name="A, no supervisor"), untranslated, stage, run)
+    containers.start_supervisor()
+    _compare_in(replace(inside, name="A, the next supervisor"), tools, stage, run)
+    run.write()
+
+
+def _compare_in(there: Place, tools: Iterable[Tool], stage: Stage, run: Run) -> None:
+    log = stage.log(there.name)
     for tool in tools:
         if not run.in_time():
             run.findings.problems.append(f"{there.name}: {tool.name}: no time left to ask it")
             continue
-        done = compare(tool, scene, there, log)
+        done = compare(tool, stage.scene, there, log)
         run.findings.comparisons.append(done)
         why = f": {done.judgement.why}" if done.judgement.verdict is not Verdict.EQUAL else ""
         say(f"{there.name}: {tool.name}: {done.judgement.verdict.value}: {done.note}{why[:300]}")
@@ -294,6 +351,7 @@ class Pair(NamedTuple):
     plain: Shell
 
 
+_PAIRS = 61
 _REHEARSED = 4  # pairs, where the figures mean nothing
 
 
@@ -336,10 +394,11 @@ def measure(run: Run) -> None:
     with ExitStack() as stack:
         try:
             under = open_shell("speed-filter", [*machine.run(), "sh"], work, stack)
+            auto_shell = open_shell("speed-auto", [*machine.run("--translate", "auto"), "sh"], work, stack)
             plain_command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh"]
             pair = Pair(under, open_shell("speed-plain", plain_command, work, stack))
             idle = Timing(f"{_table_name(machine)}, wall time, no GPU process running", "ms", limit=1.03)
-            findings.timings.append(time_pairs(idle, _wall(machine.table()), pair, pairs(41), deadline))
+            findings.timings.append(time_pairs(idle, _wall(machine.table()), pair, pairs(_PAIRS), deadline))
             # A process each: rows to translate, and a GPU that stays initialised between the tools.
             scene = Scene(work, machine.device or ["--cuda"])
             for name, shell in pair._asdict().items():
@@ -352,16 +411,16 @@ def measure(run: Run) -> None:
             return
         question = python(ASK_PY, "time-running", "--times", "50" if machine.stand_in else "2000", *machine.device)
         context = python(ASK_PY, "time-context", *machine.device)
-        for timing, take, times in (
-            (
-                Timing(f"{_table_name(machine)}, wall time, two GPU processes running", "ms", limit=1.03),
-                _wall(machine.table()),
-                31,
-            ),
-            (Timing("CUDA context, from cuInit to the first memory", "ms"), _seconds(context), 15),
-            (Timing("NVML, one question for running processes", "us"), _seconds(question), 5),
+        busy = f"{_table_name(machine)}, wall time, two GPU processes running"
+        auto = Pair(auto_shell, pair.plain)
+        for timing, take, two, times in (
+            (Timing(busy, "ms", limit=1.03), _wall(machine.table()), pair, _PAIRS),
+            (Timing(f"{busy}, `--translate auto`", "ms", limit=1.03), _wall(machine.table()), auto, _PAIRS),
+            (Timing("CUDA context, from cuInit to the first memory", "ms"), _seconds(context), pair, 15),
+            (Timing("NVML, one question for running processes", "us"), _seconds(question), pair, 5),
+            (Timing("the same, `--translate auto`", "us"), _seconds(question), auto, 5),
         ):
-            findings.timings.append(time_pairs(timing, take, pair, pairs(times), deadline))
+            findings.timings.append(time_pairs(timing, take, two, pairs(times), deadline))
             run.write()
     findings.timings.append(count_traps(machine, work, deadline))
 
@@ -442,10 +501,15 @@ def _gpus(control_node: Path, findings: Findings) -> dict[str, str]:
     return found
 
 
-def examine(results: Path | None, raw: Path | None, *, stand_in: bool, seconds: float = BUDGET_S) -> Findings:
-    """Compare, measure and write the results; all that was started is ended."""
+def examine(
+    results: Path | None, raw: Path | None, *, stand_in: bool, seconds: float = BUDGET_S, runtime: Path | None = None
+) -> Findings:
+    """Compare, measure and write the results; all that was started is ended.
+
+    With `runtime` the namespaces are of its containers, and nothing is measured.
+    """
     require_initial_namespace()
-    findings = Findings()
+    findings = Findings(runtime=runtime.name if runtime else None)
     start = time.monotonic()
 
     def write() -> None:
@@ -463,9 +527,9 @@ def examine(results: Path | None, raw: Path | None, *, stand_in: bool, seconds: 
             raw.mkdir(parents=True, exist_ok=True)
         node = stack.enter_context(StandIn("--era", "native", "--gpus", "2")).control_node if stand_in else None
         machine = Machine(node, _gpus(node or CONTROL_NODE, findings))
-        run = Run(machine, work, raw, start + seconds, findings, write)
+        run = Run(machine, work, raw, start + seconds, findings, write, runtime)
         try:
-            for part in (compare_all, measure):
+            for part in (compare_all,) if runtime else (compare_all, measure):
                 try:
                     part(run)
                 except Exception as error:  # noqa: BLE001 - what is broken in one part must not hide the other
@@ -478,20 +542,33 @@ def examine(results: Path | None, raw: Path | None, *, stand_in: bool, seconds: 
     return findings
 
 
+def _program(parser: argparse.ArgumentParser, name: str) -> Path:
+    found = shutil.which(name)
+    if found is None:
+        parser.error(f"there is no program {name}")
+    return Path(found).resolve()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--results", metavar="FILE", type=Path, help="default: docs/gpu-results.md; none on a stand-in")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="default: in docs/; none on a stand-in")
     parser.add_argument("--raw", metavar="DIR", type=Path, help="keep what every tool printed, and the logs")
+    parser.add_argument(
+        "--runtime",
+        metavar="PROGRAM",
+        help="compare in containers of this OCI runtime, with mpu-notify serve as their agent; nothing is timed",
+    )
     parser.add_argument("--stand-in", action="store_true", help="rehearse on a stand-in driver, where there is no GPU")
     parser.add_argument("--seconds", type=float, default=BUDGET_S, help="begin nothing later (default: %(default)g)")
     args = parser.parse_args()
-    results = args.results or (None if args.stand_in else RESULTS)
+    runtime = _program(parser, args.runtime) if args.runtime else None
+    results = args.results or (None if args.stand_in else RESULTS_OF_CONTAINERS if runtime else RESULTS)
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     signal.setitimer(signal.ITIMER_REAL, args.seconds + _GRACE_S)
-    findings = examine(results, args.raw, stand_in=args.stand_in, seconds=args.seconds)
+    findings = examine(results, args.raw, stand_in=args.stand_in, seconds=args.seconds, runtime=runtime)
     print(results_text(findings, real=not args.stand_in))
     if missing := sorted({one.tool for one in findings.comparisons if one.judgement.verdict is Verdict.NOT_INSTALLED}):
         say(f"not installed, so not compared: {', '.join(missing)}")

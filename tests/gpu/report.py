@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -56,6 +57,7 @@ class Findings:
     workers: list[str] = field(default_factory=list)
     untranslated: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    runtime: str | None = None  # the name of the OCI runtime whose containers it was in
     seconds: float = 0
     complete: bool = False
 
@@ -115,20 +117,35 @@ def _table(head: str, lines: Iterable[str]) -> list[str]:
 _CELL = 48  # characters of a remark that still fit a cell
 
 
+def _how(findings: Findings) -> list[str]:
+    runtime = findings.runtime
+    where, repeat = "under the filter of `mpu-notify run --translate always`", ""
+    if runtime:
+        where = f"in a container of {runtime} that opted in, with `mpu-notify serve --translate always`"
+        repeat = f" --runtime {runtime}"
+    told = (
+        "On a driver that translates PIDs by itself, its own answer is the oracle for ours. Each tool is asked twice "
+        f"in the same PID namespace: {where}, and outside the filter (entered by nsenter). *equal*: the same rows. "
+        "*explained*: they differ, and it is known which is right and why (below). *refused alike*: the driver refuses "
+        "both, with the same status. Where both agree they also agree with the truth: the PIDs that the processes "
+        "themselves told, and at least the memory that they allocated on each GPU. The processes compute in bursts. No "
+        f"setting of the card is changed. Repeat it as root with `python tests/gpu/oracle.py{repeat}`."
+    )
+    if runtime:
+        told += (
+            " *A* and *B* are containers, *A, by exec* is a further process in A. At the end the supervisor is killed: "
+            "without one the driver's own answer stands, and the next one serves the containers that there are."
+        )
+    return textwrap.wrap(told, 120, break_on_hyphens=False)
+
+
 def text(findings: Findings, known: list[tuple[str, str]]) -> str:
     """The results, as Markdown."""
     lines = ["# Our answers and the driver's own, on a real GPU", ""]
     took = f"{findings.seconds:.0f} s" + ("" if findings.complete else ": **not complete, the run was ended early**")
     lines += _table("what | which", (f"{what} | {which}" for what, which in (*known, ("wall time", took))))
+    lines += [*_how(findings), ""]
     lines += [
-        "On a driver that translates PIDs by itself, its own answer is the oracle for ours. Each tool is asked twice",
-        "in the same PID namespace: under the filter of `mpu-notify run --translate always`, and outside the filter",
-        "(entered by nsenter). *equal*: the same rows. *explained*: they differ, and it is known which is right and",
-        "why (below). *refused alike*: the driver refuses both, with the same status. Where both agree they also agree",
-        "with the truth: the PIDs that the processes themselves told, and at least the memory that they allocated on",
-        "each GPU. The processes compute in bursts. No setting of the card is changed. Repeat it as root with",
-        "`python tests/gpu/oracle.py`.",
-        "",
         *_table("GPU process | GPU | allocated | PID, from the host's to that in its own namespace", findings.workers),
         "## Comparison",
         "",
@@ -149,10 +166,11 @@ def text(findings: Findings, known: list[tuple[str, str]]) -> str:
         "tool | every process of the scene by its host PID",
         (f"`{name}`{remark} | {wrong or 'yes'}" for name, wrong, remark in findings.host),
     )
-    lines += ["## Speed", ""]
-    head = "what | with the filter | without | ratio | limit | note"
-    lines += _table(head, (f"{one.name} | {timing_cells(one)}" for one in findings.timings))
-    lines += ["Medians; the ratio is the median over interleaved pairs in alternate order.", ""]
+    if findings.timings:
+        lines += ["## Speed", ""]
+        head = "what | with the filter | without | ratio | limit | note"
+        lines += _table(head, (f"{one.name} | {timing_cells(one)}" for one in findings.timings))
+        lines += ["Medians; the ratio is the median over interleaved pairs in alternate order.", ""]
     lines += ["## Calls that were left untranslated, and problems", ""]
     lines += [f"- {one}" for one in (*findings.untranslated, *findings.problems)] or ["None."]
     if findings.notes:

@@ -300,7 +300,8 @@ class Scene:
         return Truth(memory, hosts, frozenset(foreign) | others, frozenset(others))
 
     def _within(self, there: Place) -> Place | None:
-        return self.places.get(NESTED) if there.name == "A" else None
+        outer = self.places.get("A")
+        return self.places.get(NESTED) if outer and there.namespace == outer.namespace else None
 
 
 NESTED = "nested in A"

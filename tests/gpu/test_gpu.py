@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,22 @@ from tests.gpu.scene import CONTROL_NODE
 def test_no_unexplained_difference_on_the_gpu(tmp_path: Path) -> None:
     findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=False)
     assert findings.good(), oracle.results_text(findings, real=True)
+
+
+@pytest.mark.timeout(300)
+def test_rehearsal_in_containers(tmp_path: Path) -> None:
+    runtime = shutil.which("runc")
+    assert runtime, "runc is not installed"
+    findings = oracle.examine(tmp_path / "results.md", tmp_path, stand_in=True, runtime=Path(runtime))
+    assert findings.good(), oracle.results_text(findings, real=False)
+    counts = Counter(one.place for one in findings.comparisons)
+    assert counts == dict.fromkeys(("A", "B", "nested in A", "A, by exec", "A, the next supervisor"), 6) | {
+        "A, no supervisor": 1
+    }
+    # Without a supervisor nothing is translated, with the next one everything is.
+    translated = {one.place: one.translated for one in findings.comparisons if one.tool.startswith("mpu-notify ps")}
+    assert translated.pop("A, no supervisor") == 0
+    assert all(translated.values())
 
 
 @pytest.mark.timeout(300)

@@ -34,6 +34,10 @@ class Tool(NamedTuple):
     #: Whether the answers are of interest where they are equal, too.
     show: bool = False
 
+    def unaided(self) -> Tool:
+        """The same, where nothing is there that translates."""
+        return self._replace(judge=lambda *answers: self.judge(*answers)._replace(translated=False))
+
     def asked(self, truth: Truth) -> list[str]:
         """The command in a place where this is so."""
         if not self.about:
@@ -244,6 +248,7 @@ class Machine:
         return mpu_notify_command("ps", "--json", *self.device) if self.stand_in else ["nvidia-smi"]
 
     def run(self, *options: str) -> list[str]:
+        """Everything is translated, unless the options say something else."""
         return mpu_notify_command("run", "--translate", "always", *self.device, *options, "--")
 
 
