@@ -373,6 +373,40 @@ def test_a_file_that_goes_away_during_the_call_gives_what_the_kernel_gives(
         assert channel.outcome() in (Cause.FILE_UNAVAILABLE, Cause.FILE_FOREIGN)
 
 
+def test_another_drivers_file_is_not_even_fetched(standin: StartStandIn, caller_program: Path) -> None:
+    """To close it is to have its server asked, which may be the caller's own."""
+    node, others = standin().control_node, standin().control_node
+    with (
+        scripted_supervisor(node) as supervisor,
+        under_filter(caller_program, others.parent, "plain") as caller,
+    ):
+        channel = supervisor.attach(caller)
+        assert supervisor.monitor.process is not None
+        with injected(supervisor.monitor.process.pid, "--inject=pidfd_getfd:error=EPERM"):
+            caller.go()
+            assert channel.pass_all_on() is Cause.FILE_FOREIGN
+
+
+def test_a_file_that_is_replaced_while_it_is_fetched_is_not_the_control_node(
+    standin: StartStandIn, caller_program: Path
+) -> None:
+    node = standin().control_node
+    with (
+        scripted_supervisor(node) as supervisor,
+        under_filter(caller_program, node.parent, "replaced_while_pending") as caller,
+    ):
+        channel = supervisor.attach(caller)
+        caller.go()
+        assert caller.line() == "up"
+        request = channel.up_to(Step.IN)
+        assert supervisor.monitor.process is not None
+        with injected(supervisor.monitor.process.pid, "--inject=pidfd_getfd:delay_enter=1s"):
+            channel.pass_on(request)
+            caller.poke()
+            assert channel.outcome() is Cause.FILE_FOREIGN, "and no ioctl was made on it"
+        assert caller.line().startswith("ret=-1 errno=25")
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_memory_that_is_protected_during_the_call_is_not_written_through(
     standin: StartStandIn, caller_program: Path, kernel: str | None
