@@ -1,4 +1,4 @@
-"""What the tests are about: the agent, and our runtime as an engine finds it."""
+"""What the tests are about: the agent, and mpu-notify as it is installed and configured."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
+from threading import Lock
 
 from tests import installation
 
-from .place import SECONDS, Account, as_account, eventually
+from .place import SECONDS, Account, Place, as_account, eventually
 
 ANNOTATION = "io.mpu-notify.enable"
 
@@ -69,65 +69,61 @@ class Agent:
         eventually(lambda: not Path(f"/proc/{self.monitor}").exists(), "the monitor has ended")
 
 
-class Policy(Enum):
-    """How our runtime is configured, which an engine chooses by the name of the runtime."""
-
-    ANNOTATED = "mpu-annotated"
-    ALL = "mpu-all"
-    ABSENT_START = "mpu-absent-start"
-    ABSENT_REFUSE = "mpu-absent-refuse"
-
-
 @dataclass(frozen=True)
-class Runtimes:
-    """Our runtime over a real one, once per policy, as programs in a directory.
+class Policy:
+    """What mpu-notify is told to do with a container that starts."""
 
-    Each keeps what config.json was before our runtime saw it, and where it is: see `spec`.
-    """
+    opt_in: str = "annotation"
+    absent: str = ""  # what to do without an agent, where no agent is; "": there is one
 
-    directory: Path
 
-    @classmethod
-    def make(cls, directory: Path, socket: Path, real: str) -> Runtimes:
-        made = cls(directory)
-        made._kept.mkdir(parents=True)
-        made._kept.chmod(0o777)
-        for policy in Policy:
-            absent = policy in (Policy.ABSENT_START, Policy.ABSENT_REFUSE)
-            config = directory / f"{policy.value}.toml"
-            config.write_text(
-                "[agent]\n"
-                f'socket = "{made.absent_socket if absent else socket}"\n'
-                f'absent = "{"refuse" if policy is Policy.ABSENT_REFUSE else "start"}"\n'
-                "[runtime]\n"
-                f'opt_in = "{"annotation" if policy is Policy.ANNOTATED else "name"}"\n'
-            )
-            handler = directory / f"{policy.value}.handler"
-            program = package() / "_bin" / "mpu-notify-runtime"
-            handler.write_text(f'#!{program} --handler\nruntime = "{real}"\nconfig = "{config}"\n')
-            made.path(policy).write_text(
-                _WRAPPER.format(kept=shlex.quote(str(made._kept)), handler=shlex.quote(str(handler)))
-            )
-            for file in handler, made.path(policy):
-                file.chmod(0o755)
-        return made
+class Installation:
+    """mpu-notify as the operator of a machine has it, or a user who sets it up alone: its file and its commands."""
 
-    @property
-    def absent_socket(self) -> Path:
-        """Where no agent listens."""
-        return self.directory / "absent.sock"
+    def __init__(
+        self, place: Place, directory: Path, socket: Path, env: Mapping[str, str], account: Account | None = None
+    ) -> None:
+        """`directory` is for the tests' own things; a user's HOME is in `env`."""
+        self._place = place
+        self._account = account
+        self._socket = socket
+        self._env = env
+        self._policy: Policy | None = None
+        self._lock = Lock()
+        self.absent_socket = directory / "absent.sock"
+        self.folder = Path(env["HOME"]) / ".config/mpu-notify" if account else Path("/etc/mpu-notify")
+        self.config = self.folder / "config.toml"
 
-    @property
-    def _kept(self) -> Path:
-        return self.directory / "kept"
+    def follow(self, policy: Policy, *more: str) -> None:
+        """Have containers that start from now on be treated so; `more` are lines of the section [runtime]."""
+        with self._lock:
+            if policy == self._policy:
+                return
+            socket = self.absent_socket if policy.absent else self._socket
+            lines = ["[agent]", f'socket = "{socket}"', *([f'absent = "{policy.absent}"'] if policy.absent else [])]
+            lines += ["[runtime]", f'opt_in = "{policy.opt_in}"', *more]
+            file = self._place.path(self.config)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join([*lines, ""]))
+            self._policy = policy
 
-    @property
-    def config(self) -> Path:
-        """The configuration of a container that opts in by annotation."""
-        return self.directory / f"{Policy.ANNOTATED.value}.toml"
+    def run(self, *words: str) -> str:
+        """`mpu-notify` with these words; all that it says. Raises CommandError."""
+        said_too = ["sh", "-c", 'exec "$@" 2>&1', "sh"]
+        return self._place.run(*said_too, *installation.command(), *words, account=self._account, env=self._env)
 
-    def path(self, policy: Policy) -> Path:
-        return self.directory / policy.value
+
+class Recorder:
+    """Stands before our runtime, and keeps what config.json was before that saw it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._kept = directory / "kept"
+        self._kept.mkdir(parents=True)
+        self._kept.chmod(0o777)
+        self.program = directory / "record"
+        runtime = package() / "_bin" / "mpu-notify-runtime"
+        self.program.write_text(_RECORD.format(kept=shlex.quote(str(self._kept)), runtime=shlex.quote(str(runtime))))
+        self.program.chmod(0o755)
 
     def spec(self, identifier: str) -> tuple[bytes, bytes]:
         """config.json of a container as the engine wrote it, and as our runtime left it."""
@@ -136,7 +132,7 @@ class Runtimes:
 
 
 # The last word of `create` and `run` is the container's id.
-_WRAPPER = """\
+_RECORD = """\
 #!/bin/sh
 option= bundle=
 for word; do
@@ -148,7 +144,7 @@ if [ -n "$bundle" ]; then
     cp "$bundle"/config.json {kept}/"$option"/before.json
     ln -sfn "$bundle" {kept}/"$option"/bundle
 fi
-exec {handler} "$@"
+exec {runtime} "$@"
 """
 
 

@@ -14,23 +14,26 @@ import pytest
 from mpu_notify.standin.process import StandIn
 
 from . import images
-from .agent import Agent, Runtimes, running_agent
+from .agent import Agent, running_agent
 from .asking import Out
 from .cri import Cri
 from .engines import CRUN, RUNC, Containerd, Docker, Engine, Podman, Runtime, Setting
 from .place import Account, Place
 
-_KINDS: dict[str, tuple[Callable[[Setting], Engine], str]] = {
-    "docker-20": (Docker, RUNC),
-    "docker-20-remapped": (lambda setting: Docker(setting, remapped=True), RUNC),
-    "docker-26": (lambda setting: Docker(setting, newer=True), RUNC),
-    "docker-26-remapped": (lambda setting: Docker(setting, newer=True, remapped=True), RUNC),
-    "containerd": (Containerd, RUNC),
-    "cri": (Cri, RUNC),
-    "podman": (Podman, CRUN),
-    "podman-rootless": (lambda setting: Podman(setting, rootless=True), CRUN),
-    "runc": (lambda setting: Runtime(setting, RUNC), RUNC),
-    "crun": (lambda setting: Runtime(setting, CRUN), CRUN),
+#: By name, how each engine is made.
+ENGINES: dict[str, Callable[[Setting], Engine]] = {
+    "docker-20": Docker,
+    "docker-20-remapped": lambda setting: Docker(setting, remapped=True),
+    "docker-26": lambda setting: Docker(setting, newer=True),
+    "docker-26-remapped": lambda setting: Docker(setting, newer=True, remapped=True),
+    "containerd-1.6": Containerd,
+    "containerd-1.7": lambda setting: Containerd(setting, newer=True),
+    "cri-1.6": Cri,
+    "cri-1.7": lambda setting: Cri(setting, newer=True),
+    "podman": Podman,
+    "podman-rootless": lambda setting: Podman(setting, rootless=True),
+    "runc": lambda setting: Runtime(setting, RUNC),
+    "crun": lambda setting: Runtime(setting, CRUN),
 }
 
 
@@ -46,8 +49,6 @@ class Stage:
         self.out = Out(directory / "out")
         self.account = Account.create()
         undo.callback(self.account.remove)
-        self._place = Place()
-        undo.callback(self._place.close)
         self._rootfs = images.make_rootfs(directory / "rootfs")
         self._layer = images.make_tar(self._rootfs, directory / "rootfs.tar")
         self._archive = images.make_oci_archive(self._layer, directory / "image.tar")
@@ -67,15 +68,15 @@ class Stage:
     def engine(self, name: str) -> Engine:
         """A running engine."""
         if name not in self._engines:
-            make, real = _KINDS[name]
             directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._directory))
             directory.chmod(0o711)
-            runtimes = Runtimes.make(directory / "runtimes", self.agent_of(name).socket, real)
-            engine = make(
+            place = Place()
+            self._undo.callback(place.close)
+            engine = ENGINES[name](
                 Setting(
-                    self._place,
+                    place,
                     directory,
-                    runtimes,
+                    self.agent_of(name).socket,
                     self.device.parent,
                     self.out.directory,
                     self._layer,

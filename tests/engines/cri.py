@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from grpc_tools import protoc
 
 from . import images
 from .agent import ANNOTATION
-from .engines import CRI_PROTO, Container, Containerd, Setting, Wish
+from .engines import CRI_PROTO, CRI_TABLE, RUNTIME, Container, Containerd, Setting, Wish
 from .place import SECONDS, CommandError
 
 _SERVICE = "runtime.v1.RuntimeService"
+_NETWORK = "none"
+_PLUGIN = """\
+#!/bin/sh
+if [ "$CNI_COMMAND" = VERSION ]; then
+    echo '{"cniVersion": "0.4.0", "supportedVersions": ["0.4.0"]}'
+else
+    echo '{"cniVersion": "0.4.0", "interfaces": [{"name": "eth0", "sandbox": "'"$CNI_NETNS"'"}],'
+    echo ' "ips": [{"version": "4", "address": "10.0.0.2/32", "interface": 0}]}'
+fi
+"""
 _Request = Mapping[str, object]
 
 
@@ -60,13 +71,28 @@ class Client:
 class Cri(Containerd):
     """One container to a pod; a container is named by its own id, and its pod is known to the class."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    def __init__(self, setting: Setting, *, newer: bool = False) -> None:
+        super().__init__(setting, newer=newer)
         self._made: dict[str, tuple[str, _Request, _Request]] = {}  # pod id, its config, the container's config
 
-    def up(self) -> None:
-        super().up()
+    def _settings(self) -> str:
+        """With a network plugin that makes no network, but says that it did."""
+        programs, configuration = self.setting.below("cni/bin"), self.setting.below("cni/net.d")
+        for name in "loopback", _NETWORK:
+            (programs / name).write_text(_PLUGIN)
+            (programs / name).chmod(0o755)
+        described = {"cniVersion": "0.4.0", "name": _NETWORK, "plugins": [{"type": _NETWORK}]}
+        (configuration / "10.conflist").write_text(json.dumps(described))
+        table = f"[{CRI_TABLE}.cni]\nbin_dir = '{programs}'\nconf_dir = '{configuration}'\n"
+        return super()._settings() + table
+
+    def _serve(self) -> None:
+        super()._serve()
         self._client = Client(self.socket, self.setting.directory)
+
+    def reload(self) -> None:
+        self._client.close()
+        super().reload()
 
     def down(self) -> None:
         self._client.close()
@@ -105,17 +131,21 @@ class Cri(Containerd):
             "annotations": {ANNOTATION: "true"} if wish.opted_in else {},
             "linux": {
                 "cgroup_parent": f"/{self.place.cgroup}",
-                "security_context": {"namespace_options": {"network": "NODE"}, "privileged": wish.privileged},
+                "security_context": {"namespace_options": self._namespaces(wish), "privileged": wish.privileged},
             },
         }
-        handler = self.runtime(wish) or "runc"
+        handler = "runc" if wish.stock else RUNTIME
         pod_id: str = self._client.call("RunPodSandbox", config=pod, runtime_handler=handler)["pod_sandbox_id"]
         return pod_id, pod
 
     def _namespaces(self, wish: Wish) -> dict[str, object]:
-        options: dict[str, object] = {"network": "NODE", "pid": "CONTAINER"}
+        # A user namespace needs a network of its own, or /sys cannot be mounted.
+        options: dict[str, object] = {"network": "POD" if wish.user_namespace else "NODE", "pid": "CONTAINER"}
         if wish.pid_namespace_of:
             options |= {"pid": "TARGET", "target_id": wish.pid_namespace_of.identifier}
+        if wish.user_namespace:
+            mapping = [{"host_id": self.setting.account.first_subordinate, "container_id": 0, "length": 65536}]
+            options |= {"userns_options": {"mode": "POD", "uids": mapping, "gids": mapping}}
         return options
 
     def _container(self, pod_id: str, pod: _Request, container: _Request) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests import installation
-
 from . import images
-from .agent import ANNOTATION, Policy, Runtimes
-from .place import Account, CommandError, Daemon, Place, eventually, find_process
+from .agent import ANNOTATION, Installation, Policy, Recorder, package
+from .place import PATH, Account, CommandError, Daemon, Place, eventually, find_process
 
 #: Of the newer Debian, where install.sh puts it.
 NEWER = Path(__file__).parents[2] / "build" / "engines" / "newer-trixie" / "usr"
@@ -26,7 +24,12 @@ CRI_PROTO = NEWER / "share/gocode/src/k8s.io/cri-api/pkg/apis/runtime/v1/api.pro
 RUNC = "/usr/sbin/runc"
 CRUN = "/usr/bin/crun"
 
+RUNTIME = "mpu-notify"
+CRI_TABLE = "plugins.'io.containerd.grpc.v1.cri'"
 _FEW = 4
+_HANDLER = "/etc/mpu-notify/runtimes/containerd"
+_DROP_IN = "containers.conf.d/99-mpu-notify.conf"
+_RELOADED = "Reloaded configuration"
 _PROFILE = Path("/usr/share/containers/seccomp.json")
 
 
@@ -35,7 +38,7 @@ class Wish:
     """How a container shall be; as it is by default, it opted in and is confined as the engine does by itself."""
 
     opted_in: bool = True
-    policy: Policy | None = None  # None: what the engine can pass the opt-in with
+    absent: str = ""  # what is configured for want of an agent, where none is; "": one is there
     stock: bool = False  # not our runtime
     user: bool = False  # not root
     no_new_privileges: bool = False
@@ -77,7 +80,7 @@ class Setting:
 
     place: Place
     directory: Path  # the engine's own
-    runtimes: Runtimes
+    socket: Path  # the agent's
     gpu: Path
     out: Path
     layer: Path
@@ -92,21 +95,52 @@ class Setting:
 
 
 class Engine(ABC):
-    """What all engines do. Containers that a test started are removed after it."""
+    """What all engines do, set up by `mpu-notify configure`. Containers that a test started are removed after it."""
 
-    #: How a container opts in: by an annotation, or by the runtime where the engine passes no annotations on.
-    opt_in = Policy.ANNOTATED
+    #: What follows `configure`.
+    configured_as: tuple[str, ...] = ()
+    #: Whether annotations come to the runtime. Where not, the runtime's name opts in.
+    annotates = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, account: Account | None = None) -> None:
         self.setting = setting
         self.place = setting.place
+        self.account = account
+        self.env = {"PATH": PATH, **self._environment()}
+        self.ours = Installation(setting.place, setting.directory, setting.socket, self.env, account)
         self.containers: list[Container] = []
+
+    def _environment(self) -> dict[str, str]:
+        return {}
+
+    def configure(self, *more: str) -> None:
+        """As its operator does it."""
+        self.ours.run("configure", *self.configured_as, *more)
+
+    def unconfigure(self) -> str:
+        """The same; what they are told."""
+        return self.ours.run("unconfigure", *self.configured_as)
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Within, it is kept what our runtime does to config.json."""
+        recorder = Recorder(self.setting.below(f"recorder-{secrets.token_hex(4)}"))
+        self.configure("--runtime-path", str(recorder.program))
+        try:
+            yield recorder
+        finally:
+            self.configure()
+
+    def reload(self) -> None:  # noqa: B027 - nothing to do where there is no daemon
+        """What `configure` and `unconfigure` say to run then."""
 
     def start(self, *command: str, wish: Wish | None = None) -> Container:
         """Start a container in the background. Raises CommandError."""
         name = f"mpu-{secrets.token_hex(6)}"
+        wish = wish or Wish()
+        self._follow(Policy("name" if wish.opted_in and not self.annotates else "annotation", wish.absent))
         try:
-            identifier = self._start(name, command, wish or Wish())
+            identifier = self._start(name, command, wish)
         except BaseException:
             self._remove(name)
             raise
@@ -124,14 +158,8 @@ class Engine(ABC):
             with ThreadPoolExecutor(_FEW) as pool:
                 list(pool.map(lambda container: self._remove(container.identifier), containers))
 
-    def runtime(self, wish: Wish) -> str | None:
-        """The name of our runtime for this container."""
-        if wish.stock:
-            return None
-        return (wish.policy or (self.opt_in if wish.opted_in else Policy.ANNOTATED)).value
-
-    def runtimes(self) -> dict[str, Path]:
-        return {policy.value: self.setting.runtimes.path(policy) for policy in Policy}
+    def _follow(self, policy: Policy) -> None:
+        self.ours.follow(policy)
 
     @abstractmethod
     def up(self) -> None:
@@ -158,6 +186,11 @@ class Engine(ABC):
         """End and remove a container, which may never have been made."""
 
 
+def _newer_first() -> dict[str, str]:
+    # Where a Debian's own Docker and containerd look for programs, they find their own version first.
+    return {"PATH": f"{NEWER / 'sbin'}:{NEWER / 'bin'}:{PATH}"}
+
+
 class _DockerLike(Engine):
     """What Docker and Podman have in common: their command line."""
 
@@ -165,15 +198,14 @@ class _DockerLike(Engine):
     remove_options: tuple[str, ...] = ()
 
     @abstractmethod
-    def client(self, *words: str, input_file: Path | None = None) -> str:
+    def client(self, *words: str) -> str:
         """The engine's own command; its output."""
 
     def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
-        runtime = self.runtime(wish)
         options = [f"--name={name}", "--network=none", *self._cgroup(), *wish.more]
         options += [f"--volume={self.setting.gpu}:{images.GPU}", f"--volume={self.setting.out}:{images.OUT}"]
-        options += [f"--runtime={runtime}"] if runtime else []
-        if wish.opted_in and self.opt_in is Policy.ANNOTATED:
+        options += [] if wish.stock else [f"--runtime={RUNTIME}"]
+        if wish.opted_in and self.annotates:
             options.append(f"--annotation={ANNOTATION}=true")
         options += [f"--user={images.USER}:{images.USER}"] if wish.user else []
         options += ["--security-opt=no-new-privileges"] if wish.no_new_privileges else []
@@ -205,13 +237,17 @@ class _DockerLike(Engine):
 class Docker(_DockerLike):
     """A dockerd with a containerd of its own."""
 
+    configured_as = ("docker",)
+
     def __init__(self, setting: Setting, *, newer: bool = False, remapped: bool = False) -> None:
-        super().__init__(setting)
         self.newer = newer
         self.remapped = remapped
-        self._programs = [str(NEWER / "sbin"), str(NEWER / "bin")] if newer else []
+        self.annotates = newer
         self._socket = setting.directory / "docker.sock"
-        self.opt_in = Policy.ANNOTATED if newer else Policy.ALL
+        super().__init__(setting)
+
+    def _environment(self) -> dict[str, str]:
+        return _newer_first() if self.newer else {}
 
     def up(self) -> None:
         config: dict[str, Any] = {
@@ -224,20 +260,23 @@ class Docker(_DockerLike):
             "ip6tables": False,
             "storage-driver": "overlay2",
             "exec-opts": ["native.cgroupdriver=cgroupfs"],
-            "runtimes": {name: {"path": str(path)} for name, path in self.runtimes().items()},
         }
         if self.newer:
             config |= {"features": {"cdi": True}, "cdi-spec-dirs": [str(self.cdi_directory)]}
         if self.remapped:
             config["userns-remap"] = self.setting.account.name
-        file = self.setting.directory / "daemon.json"
+        file = self.place.path("/etc/docker/daemon.json")
+        file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(config))
-        # Where a Debian's own Docker looks for programs, it finds its own version first.
-        env = {"PATH": ":".join([*self._programs, "/usr/sbin:/usr/bin:/sbin:/bin"])}
-        program = self.program("sbin/dockerd")
-        self._daemon = Daemon(self.place, self.setting.directory / "log", program, "--config-file", file, env=env)
+        self.configure()
+        self._daemon = Daemon(self.place, self.setting.directory / "log", self.program("sbin/dockerd"), env=self.env)
         self._daemon.wait_for(self._socket.exists)
         self.client("import", str(self.setting.layer), images.NAME)
+
+    def reload(self) -> None:
+        reloads = self._daemon.log.read_text().count(_RELOADED)
+        self._daemon.signal(signal.SIGHUP)
+        eventually(lambda: self._daemon.log.read_text().count(_RELOADED) > reloads, "dockerd reads its configuration")
 
     def down(self) -> None:
         self._daemon.stop()
@@ -249,10 +288,8 @@ class Docker(_DockerLike):
     def program(self, name: str) -> str:
         return str((NEWER if self.newer else Path("/usr")) / name)
 
-    def client(self, *words: str, input_file: Path | None = None) -> str:
-        return self.place.run(
-            self.program("bin/docker"), "--host", f"unix://{self._socket}", *words, input_file=input_file
-        )
+    def client(self, *words: str) -> str:
+        return self.place.run(self.program("bin/docker"), "--host", f"unix://{self._socket}", *words)
 
 
 class Podman(_DockerLike):
@@ -263,85 +300,50 @@ class Podman(_DockerLike):
     remove_options = ("--time=0",)
 
     def __init__(self, setting: Setting, *, rootless: bool = False) -> None:
-        super().__init__(setting)
-        self._account = setting.account if rootless else None
+        self._home = setting.below("home")
+        # Where its own configuration is, as its user writes it.
+        self._etc = self._home / ".config/containers" if rootless else setting.place.path("/etc/containers")
+        self.configured_as = ("podman", *(("--config", str(self._etc / _DROP_IN)) if rootless else ()))
+        super().__init__(setting, setting.account if rootless else None)
+
+    def _environment(self) -> dict[str, str]:
+        return {"HOME": str(self._home), "XDG_RUNTIME_DIR": str(self.setting.below("runtime"))}
 
     def up(self) -> None:
-        directory = self.setting.directory
-        storage = directory / "storage.conf"
-        storage.write_text(
+        self._etc.mkdir(parents=True, exist_ok=True)
+        (self._etc / "storage.conf").write_text(
             f'[storage]\ndriver = "overlay"\ngraphroot = "{self.setting.below("graph")}"\n'
             f'runroot = "{self.setting.below("run")}"\n'
         )
-        containers = directory / "containers.conf"
         # A ulimit above our own may not be had; without systemd there is neither its cgroup manager nor its journal.
-        containers.write_text(
+        (self._etc / "containers.conf").write_text(
             '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]\nnetns = "none"\n'
             'log_driver = "k8s-file"\n'
-            f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\nruntime = "crun"\n'
-            f'tmp_dir = "{self.setting.below("tmp")}"\nhooks_dir = ["{self.hooks_directory}"]\n[engine.runtimes]\n'
-            + "".join(f'{name} = ["{path}"]\n' for name, path in self.runtimes().items())
+            '[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\nruntime = "crun"\n'
+            f'tmp_dir = "{self.setting.below("tmp")}"\nhooks_dir = ["{self.hooks_directory}"]\n'
         )
-        self._env = {
-            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "CONTAINERS_CONF": str(containers),
-            "CONTAINERS_STORAGE_CONF": str(storage),
-            "HOME": str(self.setting.below("home")),
-            "XDG_RUNTIME_DIR": str(self.setting.below("runtime")),
-        }
-        if self._account:
-            for each in (directory, *directory.rglob("*")):
-                os.chown(each, self._account.uid, self._account.uid)
+        self._follow(Policy())
+        if self.account:
+            for each in (self.setting.directory, *self.setting.directory.rglob("*")):
+                os.chown(each, self.account.uid, self.account.uid)
+        self.configure()
         self.client("import", str(self.setting.layer), images.NAME)
 
     def down(self) -> None:
         self.client("system", "migrate")  # ends the process that keeps a user's namespace open
-        if self._account:
-            # Files of subordinate users: only their namespace may remove them.
-            self.client("unshare", "rm", "-rf", str(self.setting.directory / "graph"))
-            self.client("system", "migrate")
 
     @property
     def hooks_directory(self) -> Path:
         return self.setting.below("hooks.d")
 
-    def client(self, *words: str, input_file: Path | None = None) -> str:
-        return self.place.run("/usr/bin/podman", *words, account=self._account, env=self._env, input_file=input_file)
-
-    @contextmanager
-    def configured(self, socket: Path) -> Iterator[None]:
-        """Within, Podman has the runtime that its own user tells it of with `mpu-notify configure`."""
-        home, drop_in = Path(self._env["HOME"]), self.setting.directory / "99-mpu-notify.conf"
-        containers = Path(self._env["CONTAINERS_CONF"])
-        before = containers.read_text()
-        etc = Path("/etc/mpu-notify")
-        settings = home / ".config/mpu-notify" if self._account else etc
-        script = f"mkdir -p {settings}; printf '[agent]\\nsocket = \"%s\"\\n' {socket} >{settings}/config.toml"
-        words = ["podman", "--config", str(drop_in)]
-        if not self._account:
-            assert not etc.exists(), f"{etc} is somebody's"
-        try:
-            self._as_user("sh", "-c", script)
-            self._as_user(*installation.command(), "configure", *words)
-            # With CONTAINERS_CONF there are no drop-ins: the same in the one file, at the end of [engine.runtimes].
-            containers.write_text(before + drop_in.read_text().splitlines(keepends=True)[-1])
-            handler = next((settings / "runtimes").iterdir())
-            assert f'runtime = "{CRUN}"' in handler.read_text()
-            yield
-            self._as_user(*installation.command(), "unconfigure", *words)
-            assert not drop_in.exists()
-        finally:
-            containers.write_text(before)
-            shutil.rmtree(settings, ignore_errors=True)
-
-    def _as_user(self, *command: str) -> str:
-        return self.place.run(*command, account=self._account, env=self._env)
+    def client(self, *words: str) -> str:
+        return self.place.run("/usr/bin/podman", *words, account=self.account, env=self.env)
 
     def _cgroup(self) -> list[str]:
-        return [] if self._account else super()._cgroup()
+        return [] if self.account else super()._cgroup()
 
     def _user_namespace(self) -> list[str]:
-        if self._account:
+        if self.account:
             return ["--userns=auto"]
         mapping = f"0:{self.setting.account.first_subordinate}:65536"
         return [f"--uidmap={mapping}", f"--gidmap={mapping}"]
@@ -350,46 +352,59 @@ class Podman(_DockerLike):
 class Containerd(Engine):
     """A containerd of its own, used by ctr; see cri.py for how Kubernetes uses it."""
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
+    configured_as = ("containerd",)
+
+    def __init__(self, setting: Setting, *, newer: bool = False) -> None:
+        self.newer = newer
         self.socket = setting.directory / "containerd.sock"
+        super().__init__(setting)
+
+    def _environment(self) -> dict[str, str]:
+        return _newer_first() if self.newer else {}
 
     def up(self) -> None:
-        cri = "plugins.'io.containerd.grpc.v1.cri'"
-        handlers = "".join(
-            f"[{cri}.containerd.runtimes.{name}]\n"
-            "runtime_type = 'io.containerd.runc.v2'\n"
-            "pod_annotations = ['io.mpu-notify.*']\ncontainer_annotations = ['io.mpu-notify.*']\n"
-            f"[{cri}.containerd.runtimes.{name}.options]\nBinaryName = '{path}'\n"
-            for name, path in {"runc": RUNC, **self.runtimes()}.items()
-        )
-        config = self.setting.directory / "config.toml"
-        config.write_text(
-            f"version = 2\nroot = '{self.setting.below('root')}'\nstate = '{self.setting.below('state')}'\n"
-            f"[grpc]\naddress = '{self.socket}'\n"
-            f"[{cri}]\nsandbox_image = '{images.NAME}'\nrestrict_oom_score_adj = true\n{handlers}"
-        )
-        # With user namespaces ctr forgets --runc-binary, and runc is what comes first in PATH.
-        (self.setting.below("bin") / "runc").symlink_to(self.setting.runtimes.path(Policy.ANNOTATED))
-        env = {"PATH": f"{self.setting.below('bin')}:/usr/sbin:/usr/bin:/sbin:/bin"}
-        log = self.setting.directory / "log"
-        self._daemon = Daemon(self.place, log, "/usr/bin/containerd", "--config", config, env=env)
-        self._daemon.wait_for(self.socket.exists)
+        self.place.path("/etc/containerd/config.toml").write_text(self._settings())
+        self.configure()
+        self._serve()
         for namespace in ("default", "k8s.io"):
             self._ctr("--namespace", namespace, "images", "import", str(self.setting.archive))
+
+    def _settings(self) -> str:
+        """What its operator has in config.toml."""
+        return (
+            f"version = 2\nroot = '{self.setting.below('root')}'\nstate = '{self.setting.below('state')}'\n"
+            f"[grpc]\naddress = '{self.socket}'\n"
+            f"[{CRI_TABLE}]\nsandbox_image = '{images.NAME}'\nrestrict_oom_score_adj = true\n"
+        )
+
+    def _serve(self) -> None:
+        # With user namespaces ctr forgets --runc-binary, and runc is what comes first in PATH.
+        runc = self.setting.below("bin") / "runc"
+        if not runc.is_symlink():
+            runc.symlink_to(_HANDLER)
+        env = {**self.env, "PATH": f"{runc.parent}:{self.env['PATH']}"}
+        self._daemon = Daemon(self.place, self.setting.directory / "log", self.program("bin/containerd"), env=env)
+        self._daemon.wait_for(self.socket.exists)
+
+    def reload(self) -> None:
+        self._daemon.stop()
+        self.socket.unlink(missing_ok=True)
+        self._serve()
+
+    def program(self, name: str) -> str:
+        return str((NEWER if self.newer else Path("/usr")) / name)
 
     def down(self) -> None:
         self._daemon.stop()
 
     def _ctr(self, *words: str) -> str:
-        return self.place.run("/usr/bin/ctr", "--address", self.socket, *words)
+        return self.place.run(self.program("bin/ctr"), "--address", self.socket, *words)
 
     def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
         options = ["--detach", "--null-io", f"--cgroup=/{self.place.cgroup}/{name}", *wish.more]
         for source, target in (self.setting.gpu, images.GPU), (self.setting.out, images.OUT):
             options += ["--mount", f"type=bind,src={source},dst={target},options=rbind:rw"]
-        runtime = self.runtime(wish)
-        options += ["--runc-binary", str(self.runtimes()[runtime]) if runtime else RUNC]
+        options += ["--runc-binary", RUNC if wish.stock else _HANDLER]
         options += ["--annotation", f"{ANNOTATION}=true"] if wish.opted_in else []
         options += [] if wish.no_new_privileges else ["--allow-new-privs"]
         options += [] if wish.unconfined or wish.privileged else ["--seccomp"]
@@ -423,12 +438,24 @@ class Containerd(Engine):
 
 
 class Runtime(Engine):
-    """runc or crun, with no engine above it."""
+    """runc or crun with no engine above it, so that there is nothing to configure: whoever calls it calls ours."""
 
     def __init__(self, setting: Setting, program: str) -> None:
         super().__init__(setting)
         self.program = program
-        self._programs: dict[str, str] = {}
+        self._ours = package() / "_bin" / "mpu-notify-runtime"
+
+    def _follow(self, policy: Policy) -> None:
+        self.ours.follow(policy, f'path = "{self.program}"')
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        recorder = Recorder(self.setting.below(f"recorder-{secrets.token_hex(4)}"))
+        ours, self._ours = self._ours, recorder.program
+        try:
+            yield recorder
+        finally:
+            self._ours = ours
 
     def up(self) -> None:
         self.place.run(self.program, "--version")
@@ -436,8 +463,6 @@ class Runtime(Engine):
     def _start(self, name: str, command: Sequence[str], wish: Wish) -> str:
         bundle = self.setting.below(f"bundles/{name}")
         (bundle / "config.json").write_text(json.dumps(self._spec(name, command, wish)))
-        runtime = self.runtime(wish)
-        self._programs[name] = str(self.runtimes()[runtime]) if runtime else self.program
         self._run(name)
         return name
 
@@ -473,17 +498,17 @@ class Runtime(Engine):
         bundle = self.setting.below(f"bundles/{name}")
         log = bundle / "log"
         script = '"$0" "$@" >"$LOG" 2>&1 || { cat "$LOG" >&2; exit 1; }'
-        words = [self._programs[name], "--root", self._root(), "run", "--detach", "--bundle", str(bundle), name]
+        words = [str(self._ours), "--root", self._root(), "run", "--detach", "--bundle", str(bundle), name]
         self.place.run("/usr/bin/env", f"LOG={log}", "sh", "-c", script, *words)
 
     def _root(self) -> str:
         return str(self.setting.below("state"))
 
-    def _command(self, name: str, *words: str) -> str:
-        return self.place.run(self._programs[name], "--root", self._root(), *words)
+    def _command(self, *words: str) -> str:
+        return self.place.run(self._ours, "--root", self._root(), *words)
 
     def exec(self, container: Container, command: Sequence[str]) -> str:
-        return self._command(container.identifier, "exec", container.identifier, *command)
+        return self._command("exec", container.identifier, *command)
 
     def restart(self, container: Container) -> Container:
         self._remove(container.identifier)
@@ -492,7 +517,7 @@ class Runtime(Engine):
 
     def _remove(self, name: str) -> None:
         if (self.setting.below("state") / name).exists():
-            self._command(name, "delete", "--force", name)
+            self._command("delete", "--force", name)
 
 
 def default_profile() -> dict[str, Any]:

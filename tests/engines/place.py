@@ -1,4 +1,4 @@
-"""Where the engines run: a mount namespace and cgroups of the tests' own, so that nothing is left on the host."""
+"""Where an engine runs: a mount namespace and cgroups of its own, so that nothing is left on the host."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECONDS = 30.0
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUPS = Path("/sys/fs/cgroup")
 
-# Whatever engines mount, and what they keep in /run, goes with the namespace. crun 1.8 does not start where cgroup v2
-# is mounted beside v1.
-_SET_UP = "umount /sys/fs/cgroup/unified 2>/dev/null; mount -t tmpfs -o mode=755 tmpfs /run && echo up && exec cat"
+# Whatever engines mount, what they keep in /run and what is changed in /etc goes with the namespace. crun 1.8 does not
+# start where cgroup v2 is mounted beside v1.
+_SET_UP = """\
+umount /sys/fs/cgroup/unified 2>/dev/null
+mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/etc && cp -a /etc/. /run/etc && mount --bind /run/etc /etc &&
+    echo up && exec cat
+"""
 
 
 class CommandError(Exception):
@@ -50,7 +55,7 @@ def as_account(account: Account | None) -> list[str]:
 
 
 class Place:
-    """A private mount namespace, held by a process, and a cgroup below which all containers are."""
+    """A private mount namespace with an /etc of its own, held by a process; and a cgroup for all containers."""
 
     def __init__(self) -> None:
         self.cgroup = f"mpu-notify-test-{secrets.token_hex(4)}"
@@ -58,6 +63,10 @@ class Place:
         self._holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._holder.stdout is not None
         assert self._holder.stdout.readline() == b"up\n", "no private mount namespace"
+
+    def path(self, path: str | Path) -> Path:
+        """A file of this place as the tests find it."""
+        return Path(f"/proc/{self._holder.pid}/root{path}")
 
     def command(self, command: Sequence[str | Path], account: Account | None = None) -> list[str]:
         """A command so that it runs here, as root or as another user."""
@@ -69,23 +78,17 @@ class Place:
         *command: str | Path,
         account: Account | None = None,
         env: Mapping[str, str] | None = None,
-        input_file: Path | None = None,
     ) -> str:
         """Run a command to its end; its standard output. Raises CommandError."""
-        stdin = input_file.open("rb") if input_file else None
-        try:
-            done = subprocess.run(
-                self.command(command, account),
-                stdin=stdin or subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                env=env,
-                timeout=2 * SECONDS,
-                check=False,
-            )
-        finally:
-            if stdin:
-                stdin.close()
+        done = subprocess.run(
+            self.command(command, account),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=2 * SECONDS,
+            check=False,
+        )
         if done.returncode:
             raise CommandError(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
@@ -126,6 +129,9 @@ class Daemon:
         """Until it does what it is for."""
         eventually(lambda: self._process.poll() is not None or ready(), f"ready:\n{self.log.read_text()[-2000:]}")
         assert self._process.poll() is None, f"it ended:\n{self.log.read_text()[-2000:]}"
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
 
     def stop(self) -> None:
         self._process.terminate()

@@ -137,7 +137,8 @@ def _printed(stage: Stage, engine: Engine) -> Path:
 
 def _profile_in_use(engine: Engine, *options: str) -> Profile:
     """The profile that an engine gives to a container with these options."""
-    container = engine.start("/ask", "every", "1000", "/out/unused", wish=Wish(opted_in=False, more=options))
-    before, _ = engine.setting.runtimes.spec(container.identifier)
+    with engine.recording() as recorder:
+        container = engine.start("/ask", "every", "1000", "/out/unused", wish=Wish(opted_in=False, more=options))
+        before, _ = recorder.spec(container.identifier)
     profile: dict[str, Any] = json.loads(before)["linux"]["seccomp"]
     return profile

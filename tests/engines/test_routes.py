@@ -83,7 +83,7 @@ def _hook(engine: Engine, described: dict[str, Any]) -> Iterator[None]:
 def test_an_injecting_hook_covers_init_only(stage: Stage, name: str) -> None:
     engine = stage.engine(name)
     described = _shipped("hooks.d/99-mpu-notify.json")
-    described["hook"]["args"] += ["--config", str(engine.setting.runtimes.config)]
+    described["hook"]["args"] += ["--config", str(engine.ours.config)]
     with _hook(engine, described):
         asking = stage.out.start(engine, Wish(stock=True))
         _sees_its_own(asking)
@@ -94,7 +94,7 @@ def test_an_injecting_hook_covers_init_only(stage: Stage, name: str) -> None:
 def test_a_precreate_hook_covers_init_and_exec(stage: Stage, name: str) -> None:
     engine = stage.engine(name)
     described = _shipped("podman/99-mpu-notify-precreate.json")
-    described["hook"]["args"] += ["--config", str(engine.setting.runtimes.config)]
+    described["hook"]["args"] += ["--config", str(engine.ours.config)]
     with _hook(engine, described):
         asking = stage.out.start(engine, Wish(stock=True))
         _sees_its_own(asking)
@@ -105,24 +105,11 @@ def test_a_precreate_hook_covers_init_and_exec(stage: Stage, name: str) -> None:
 def test_a_container_with_two_routes_is_covered_once(stage: Stage, name: str) -> None:
     engine = stage.engine(name)
     described = _shipped("hooks.d/99-mpu-notify.json")
-    described["hook"]["args"] += ["--config", str(engine.setting.runtimes.config), "--absent", "refuse"]
+    described["hook"]["args"] += ["--config", str(engine.ours.config), "--absent", "refuse"]
     with _hook(engine, described):
         asking = stage.out.start(engine)
         _sees_its_own(asking)
         _exec_sees_its_own_too(asking)
-
-
-@podmans
-def test_podman_as_its_user_configures_it(stage: Stage, name: str) -> None:
-    """No variable, no wrapper: only what `configure` writes, and the user's configuration."""
-    engine = stage.engine(name)
-    assert isinstance(engine, Podman)
-    with engine.configured(stage.agent_of(name).socket):
-        asking = stage.out.start(engine, Wish(stock=True, more=("--runtime=mpu-notify",)))
-        _sees_its_own(asking)
-        _exec_sees_its_own_too(asking)
-        _sees_its_own(asking.restart())
-        stage.remove_containers()
 
 
 @podmans
