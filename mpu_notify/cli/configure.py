@@ -13,7 +13,7 @@ import mpu_notify
 from mpu_notify.cli import options
 from mpu_notify.oci.engines import docker, dropin, handler
 from mpu_notify.oci.engines.files import Tree, diff
-from mpu_notify.oci.engines.plan import UNDO_SUFFIX, ConfigurationError, Files, Plan
+from mpu_notify.oci.engines.plan import ConfigurationError, Files, Plan, undo_copy
 
 DESCRIPTION = """\
 Tell a container engine of the runtime "mpu-notify", so that containers can be
@@ -44,12 +44,12 @@ what is written:
   podman      /etc/containers/containers.conf.d/99-mpu-notify.conf
   crio        /etc/crio/crio.conf.d/99-mpu-notify.conf
 
-  Where a file of yours is changed, the original is kept beside it, under its
-  name with .mpu-notify-undo at the end, for `mpu-notify unconfigure`.
+  Where a file of yours is changed, the original is kept for `mpu-notify
+  unconfigure`, below /etc/mpu-notify/undo or ~/.config/mpu-notify/undo.
 
 exit status:
-  0 if the engine is configured, now or already; 1 if a file cannot be read or
-  understood (then nothing was changed) or written; 2 for wrong usage.
+  0 if the engine is configured, now or already; 1 if a file cannot be read,
+  understood or written: then nothing was changed; 2 for wrong usage.
 
 examples:
   mpu-notify configure docker --dry-run
@@ -152,7 +152,7 @@ def target(args: argparse.Namespace) -> Target:
     config = os.path.abspath(path) if tree.root == Path("/") else posixpath.normpath("/" + path.lstrip("/"))  # noqa: PTH100
     found = Target(args.engine, tree, config, {})
     if args.engine != "containerd":
-        return Target(args.engine, tree, config, tree.read([config, config + UNDO_SUFFIX]))
+        return Target(args.engine, tree, config, tree.read([config, undo_copy(config)]))
 
     from mpu_notify.oci.engines import containerd  # noqa: PLC0415 - the only one that needs a TOML parser
 
@@ -161,7 +161,7 @@ def target(args: argparse.Namespace) -> Target:
         args.engine,
         tree,
         config,
-        files | tree.read([found.drop_in, *(path + UNDO_SUFFIX for path in (config, *files))]),
+        files | tree.read([found.drop_in, *map(undo_copy, (config, *files))]),
     )
 
 

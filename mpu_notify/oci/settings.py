@@ -6,7 +6,7 @@ these two sections read here as well: what it takes, all take. Other known secti
 """
 
 # Pathlib would be a large part of the shim's time.
-# ruff: noqa: PTH110, PTH111, PTH123
+# ruff: noqa: PTH110, PTH111, PTH120, PTH123
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def file() -> str:
         return named or FILE
     own = os.path.expanduser(OWN_FILE)
     return own if os.path.exists(own) else FILE
+
+
+def folder() -> str:
+    """Where this user's own file is, which is FILE for root; what `mpu-notify configure` keeps is there, too."""
+    return os.path.dirname(FILE if os.geteuid() == 0 else os.path.expanduser(OWN_FILE))
 
 
 def load(named: str = "") -> Settings:

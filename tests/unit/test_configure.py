@@ -6,7 +6,8 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 
 from mpu_notify.oci.engines import containerd, docker, dropin
 from mpu_notify.oci.engines.containerd import _toml as tomllib
-from mpu_notify.oci.engines.plan import UNDO_SUFFIX, ConfigurationError, Plan
+from mpu_notify.oci.engines.plan import ConfigurationError, Plan, copied_file, undo_copy
+from tests import installation
 
+USER = 65534  # nobody
 SHIM = "/opt/mpu notify/shim"
 DAEMON = "/etc/docker/daemon.json"
 CONFIG = "/etc/containerd/config.toml"
@@ -272,7 +275,7 @@ def test_containerd_interrupted_anywhere(before: bytes | None) -> None:
 @given(config_toml())
 def test_containerd_changed_since_loses_what_we_added(before: bytes) -> None:
     configured = applied({CONFIG: before}, containerd.configure({CONFIG: before}, CONFIG, DROP_IN, SHIM))
-    if UNDO_SUFFIX not in "".join(configured):
+    if undo_copy(CONFIG) not in configured:
         return  # the import was there: only the drop-in is ours
     newline = b"\r\n" if b"\r\n" in before else b"\n"
     configured[CONFIG] += newline + b"[ttrpc]" + newline
@@ -301,9 +304,22 @@ def test_containerd_1_counts_only_the_last_file_with_cri_settings() -> None:
     assert applied(after, containerd.unconfigure(after, CONFIG, DROP_IN)) == files
 
 
+@pytest.mark.parametrize("glob", ["conf.d/*", "/etc/containerd/*/*"])
+def test_containerd_imports_whatever_lies_beside_its_files(glob: str, root: Path) -> None:
+    put(root, CONFIG, f'version = 2\nimports = ["{glob}"]\n'.encode())
+    put(root, "/etc/containerd/conf.d/cri.toml", f'version = 2\n[plugins."{OLD}"]\nsandbox_image = "a"\n'.encode())
+    before = snapshot(root)
+    assert run("configure", "containerd", root).returncode == 0
+    tables = [tomllib.loads(file.read_text()) for file in (root / "etc/containerd/conf.d").iterdir()]
+    assert any("mpu-notify" in table["plugins"][OLD]["containerd"]["runtimes"] for table in tables)
+    assert "nothing to change" in run("configure", "containerd", root).stdout
+    assert run("unconfigure", "containerd", root).returncode == 0
+    assert snapshot(root) == before
+
+
 def test_containerd_moves_from_the_drop_in_when_cri_settings_appear() -> None:
     files = applied({}, containerd.configure({}, CONFIG, DROP_IN, SHIM))
-    assert set(files) == {CONFIG, CONFIG + UNDO_SUFFIX, DROP_IN}
+    assert set(files) == {CONFIG, undo_copy(CONFIG), DROP_IN}
     files[CONFIG] += f'[plugins."{OLD}"]\nsandbox_image = "a"\n'.encode()
     after = applied(files, containerd.configure(files, CONFIG, DROP_IN, SHIM))
     assert DROP_IN not in after
@@ -411,6 +427,7 @@ def test_there_and_back(engine: str, present: bool, root: Path) -> None:  # noqa
     assert undo.stdout.startswith("--- ")
     assert run("unconfigure", engine, root).returncode == 0
     assert snapshot(root) == before
+    assert not (root / "etc/mpu-notify").exists()
     assert "nothing to change" in run("unconfigure", engine, root).stdout
 
 
@@ -421,7 +438,7 @@ def test_the_diff_is_what_will_be(engine: str, root: Path) -> None:
     words = [sys.executable, "-m", "mpu_notify.cli.main", "configure", engine, "--root", str(root), "--dry-run"]
     diff = subprocess.run([*words, "--runtime-path", "/opt/shim"], check=True, capture_output=True).stdout
     run("configure", engine, root)
-    wanted = {path: text for path, text in snapshot(root).items() if not path.endswith(UNDO_SUFFIX)}
+    wanted = {path: text for path, text in snapshot(root).items() if not copied_file(f"/{path}")}
     run("unconfigure", engine, root)
     applied_lines = [line[1:] for line in diff.split(b"\n") if line.startswith(b"+") and not line.startswith(b"+++")]
     path = (DAEMON if engine == "docker" else CONFIG).lstrip("/")
@@ -440,7 +457,7 @@ def test_mode_owner_and_links_stay(root: Path) -> None:
     link.symlink_to("../../srv/daemon.json")
     assert run("configure", "docker", root).returncode == 0
     assert link.is_symlink()
-    for file in (target, link.with_name(link.name + UNDO_SUFFIX)):
+    for file in (target, root / undo_copy(DAEMON).lstrip("/")):
         status = file.stat()
         assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (12345, 54321, 0o640)
     assert run("unconfigure", "docker", root).returncode == 0
@@ -551,6 +568,48 @@ def test_what_is_wrong_is_said_and_nothing_changes(root: Path) -> None:
     fails(run("configure", "podman", root / "none"), "no such directory", 2)
     fails(run("configure", "lxc", root), "invalid choice", 2)
     assert snapshot(root) == before
+
+
+@pytest.fixture
+def users_root() -> Iterator[Path]:
+    """As `root`, where an ordinary user has a home; the rest is root's."""
+    with tempfile.TemporaryDirectory(prefix="mpu-notify-test-", dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        for program in "opt/shim", "usr/sbin/runc", "usr/bin/crun":
+            make_program(directory, program)
+        home = directory / "home/user"
+        home.mkdir(parents=True)
+        os.chown(home, USER, USER)
+        yield directory
+
+
+def run_as_user(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [*installation.command(), *words, "--root", str(root)]
+    env = {**os.environ, "HOME": "/home/user"}
+    return subprocess.run(command, check=False, capture_output=True, text=True, user=USER, group=USER, env=env)
+
+
+@pytest.mark.parametrize("engine", ["docker", "containerd", "podman", "crio"])
+def test_what_cannot_be_written_wholly_is_not_written_at_all(engine: str, users_root: Path) -> None:
+    put(users_root, DAEMON, b"{}")
+    put(users_root, CONFIG, b"version = 2\n")
+    before = sorted(users_root.rglob("*")), snapshot(users_root)
+    failed = run_as_user(users_root, "configure", engine, "--runtime-path", "/opt/shim")
+    fails(failed, "; run this as root")
+    assert (sorted(users_root.rglob("*")), snapshot(users_root)) == before
+
+
+def test_what_cannot_be_undone_wholly_stays(users_root: Path) -> None:
+    file = put(users_root, "/home/user/etc/daemon.json", b'{"a": 1}')
+    for each in file, file.parent:
+        os.chown(each, USER, USER)
+    words = "docker", "--config", "/home/user/etc/daemon.json"
+    assert run_as_user(users_root, "configure", *words, "--runtime-path", "/opt/shim").returncode == 0
+    before = snapshot(users_root)
+    file.parent.chmod(0o555)
+    fails(run_as_user(users_root, "unconfigure", *words), "Permission denied")
+    assert snapshot(users_root) == before
 
 
 def test_config_is_another_file(root: Path) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 from mpu_notify.oci.engines.plan import (
     ANNOTATIONS,
     RUNTIME,
-    UNDO_SUFFIX,
     ConfigurationError,
     Files,
     Plan,
     check_drop_in,
+    copied_file,
     drop_in,
     is_as_written,
     original,
@@ -109,7 +109,7 @@ def unconfigure(files: Files, config: str, drop_in_path: str) -> Plan:
 
 def _read(files: Files, config: str, drop_in_path: str) -> list[str]:
     """The files that are not ours, in containerd's order; the configuration is one even if it is not there."""
-    others = (path for path in files if path not in (config, drop_in_path) and not path.endswith(UNDO_SUFFIX))
+    others = (path for path in files if path not in (config, drop_in_path) and copied_file(path) is None)
     return [config, *others]
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from mpu_notify.oci.engines.plan import (
     RUNTIME,
-    UNDO_SUFFIX,
     ConfigurationError,
     Files,
     Plan,
     is_as_written,
     original,
     quoted,
+    undo_copy,
 )
 
 _INDENT = "    "
@@ -59,7 +59,7 @@ def configure(files: Files, path: str, shim: str) -> Plan:
     else:
         text = now if now is None or entry is None else _without(path, now)
         # Without a note of ours the entry is the user's own, and comes back with the rest.
-        before = text if path + UNDO_SUFFIX in files else now
+        before = text if undo_copy(path) in files else now
     after = _with(path, (text or b"").decode(), shim)
     plan.rewrite(files, path, before, after.encode())
     return plan

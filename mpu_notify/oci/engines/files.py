@@ -9,11 +9,12 @@ import posixpath
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from mpu_notify.oci.engines.plan import UNDO_SUFFIX, ConfigurationError, Files, Plan
+from mpu_notify.oci import settings
+from mpu_notify.oci.engines.plan import ConfigurationError, Files, Plan, copied_file
 
 
 class Tree:
@@ -59,19 +60,39 @@ class Tree:
         return [f"/{match}" for match in sorted(glob.glob(pattern.lstrip("/"), root_dir=self.root))]  # noqa: PTH207 - of text
 
     def apply(self, plan: Plan) -> None:
-        """Make the files what the plan says, each at once or not at all. Raises ConfigurationError."""
-        for path, contents in plan.files.items():
-            self._write(path, contents)
+        """Make the files what the plan says: all, or none where one cannot be. Raises ConfigurationError."""
+        before: dict[str, bytes | None] = {}
+        made: list[Path] = []
+        try:
+            for path, contents in plan.files.items():
+                before[path] = self._read(path)
+                self._write(path, contents, made)
+        except ConfigurationError as error:
+            self._take_back(before, made, error)
+            raise
 
-    def _write(self, path: str, contents: bytes | None) -> None:
+    def _take_back(self, before: Mapping[str, bytes | None], made: list[Path], because: ConfigurationError) -> None:
+        for path, contents in reversed(list(before.items())):
+            try:
+                if self._read(path) != contents:
+                    self._write(path, contents, made)
+            except ConfigurationError as error:  # noqa: PERF203 - few
+                raise ConfigurationError(f"{because}; and what was done to {path} is not undone: {error}") from error
+        _remove_empty(reversed(made))
+
+    def _write(self, path: str, contents: bytes | None, made: list[Path]) -> None:
+        """Put a file there, or none, at once or not at all; directories that this takes are added to `made`."""
         try:
             target = self.find(path)
-            if contents is None:
-                target.unlink(missing_ok=True)
-            else:
-                target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-                _replace(target, contents, like=self.find(path.removesuffix(UNDO_SUFFIX)))
-            _sync_directory(target.parent)
+            if contents is not None:
+                _make_directory(target.parent, made)
+                _replace(target, contents, like=self.find(copied_file(path) or path))
+                _sync_directory(target.parent)
+            elif target.exists():
+                target.unlink()
+                _sync_directory(target.parent)
+                ours = self.find(settings.folder())
+                _remove_empty(each for each in target.parents if each.is_relative_to(ours))
         except (OSError, RuntimeError) as error:
             raise _failed("remove" if contents is None else "write", path, error) from error
 
@@ -80,7 +101,7 @@ def diff(files: Files, plan: Plan) -> bytes:
     """What the plan changes, as `patch -p1` takes it; without our own notes."""
     lines: list[bytes] = []
     for path, contents in plan.files.items():
-        if path.endswith(UNDO_SUFFIX):
+        if copied_file(path):
             continue
         before = files.get(path)
         # Not splitlines(): for patch a carriage return ends no line.
@@ -112,6 +133,19 @@ def _replace(target: Path, contents: bytes, like: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _make_directory(directory: Path, made: list[Path]) -> None:
+    if not directory.is_dir():
+        _make_directory(directory.parent, made)
+        directory.mkdir(mode=0o755)
+        made.append(directory)
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for each in directories:
+        with suppress(OSError):  # there is more in it, or it is gone
+            each.rmdir()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -25,8 +25,7 @@ _SECONDS = 30
 def path(engine: str, config: str, default_config: str) -> str:
     """Where the handler of an engine's configuration lies; it is an ordinary user's own where one runs this."""
     name = engine if config == default_config else f"{engine}-{hashlib.sha256(config.encode()).hexdigest()[:8]}"
-    folder = posixpath.dirname(settings.FILE if os.geteuid() == 0 else os.path.expanduser(settings.OWN_FILE))  # noqa: PTH111
-    return posixpath.join(folder, "runtimes", name)
+    return posixpath.join(settings.folder(), "runtimes", name)
 
 
 def contents(shim: str, real: str) -> bytes:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mpu_notify.errors import MpuNotifyError
+from mpu_notify.oci import settings
 
 RUNTIME = "mpu-notify"
 ANNOTATIONS = "io.mpu-notify.*"
-UNDO_SUFFIX = ".mpu-notify-undo"
 
 _UNDO = "mpu-notify undo 1"
 _OURS = "# Written by `mpu-notify configure`, removed by `mpu-notify unconfigure`. sha256 of the rest: "
@@ -37,14 +38,28 @@ class Plan:
             self.files[path] = contents
 
     def rewrite(self, files: Files, path: str, original: bytes | None, contents: bytes | None) -> None:
-        """A user's file becomes `contents`; `original` is kept beside it for as long as the two differ."""
+        """A user's file becomes `contents`; `original` is kept for as long as the two differ."""
         if contents is None or contents == original:
             self.set(files, path, contents)
-            self.set(files, path + UNDO_SUFFIX, None)
+            self.set(files, undo_copy(path), None)
         else:
             # The note first: a crash in between leaves a note that matches nothing, which is harmless.
-            self.set(files, path + UNDO_SUFFIX, _undo_note(contents, original))
+            self.set(files, undo_copy(path), _undo_note(contents, original))
             self.set(files, path, contents)
+
+
+def undo_copy(path: str) -> str:
+    """Where the original of a file is kept: not beside it, where the engine may take it for configuration."""
+    return _undo_folder() + path
+
+
+def copied_file(path: str) -> str | None:
+    """The file that this one is the undo copy of, if it is one."""
+    return path.removeprefix(_undo_folder()) if path.startswith(f"{_undo_folder()}/") else None
+
+
+def _undo_folder() -> str:
+    return posixpath.join(settings.folder(), "undo")
 
 
 def _digest(contents: bytes) -> str:
@@ -58,13 +73,13 @@ def _undo_note(written: bytes, original: bytes | None) -> bytes:
 
 def is_as_written(files: Files, path: str) -> bool:
     """Whether `path` is byte for byte what `Plan.rewrite` made of it."""
-    note, now = files.get(path + UNDO_SUFFIX), files.get(path)
+    note, now = files.get(undo_copy(path)), files.get(path)
     return note is not None and now is not None and note.startswith(f"{_UNDO} {_digest(now)} ".encode())
 
 
 def original(files: Files, path: str) -> bytes | None:
     """What `path` was before it was rewritten, where `is_as_written`."""
-    head, _, contents = files[path + UNDO_SUFFIX].partition(b"\n")
+    head, _, contents = files[undo_copy(path)].partition(b"\n")
     return contents if head.endswith(b" present") else None
 
 
