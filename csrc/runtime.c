@@ -22,7 +22,9 @@
 #include <time.h>
 
 #define ANNOTATION "io.mpu-notify.enable"
+#define PASSED_VARIABLE "MPU_NOTIFY_RUNTIME_PASSED" /* what this process became last time: PID PATH */
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#define BY "by [runtime] path in %s or, as the engine's own, by \"mpu-notify configure ENGINE --real-runtime PATH\""
 #define MAX_SPEC (16 * 1024 * 1024) /* a larger one is for shim.py to look at */
 #define MAX_ARGUMENTS 4096
 #define MAX_MESSAGE (3 * PATH_MAX)
@@ -41,6 +43,8 @@ struct settings {
     char path[PATH_MAX]; /* the real runtime, "" for the first there is */
     bool by_name;        /* every container of this runtime opted in */
 };
+
+enum found { NOTHING, OURS, PROGRAM };
 
 static const char *const verbs[] = {"checkpoint", "create", "delete", "events", "exec",    "features", "init",
                                     "kill",       "list",   "pause",  "ps",     "restore", "resume",   "run",
@@ -203,42 +207,62 @@ static bool is_same_file(const struct stat *one, const char *path)
     return !stat(path, &other) && one->st_dev == other.st_dev && one->st_ino == other.st_ino;
 }
 
-/* Whether `path` is a program, and neither this one nor the handler by which this one was called. */
-static bool is_other_program(const char *path, const char *handler)
+/* What is at `path`: OURS is this program, or the handler by which it was called. */
+static enum found look_at(const char *path, const char *handler)
 {
     struct stat status;
 
     if (stat(path, &status) || !S_ISREG(status.st_mode) || access(path, X_OK))
-        return false;
-    return !is_same_file(&status, "/proc/self/exe") && !(handler && is_same_file(&status, handler));
+        return NOTHING;
+    return is_same_file(&status, "/proc/self/exe") || (handler && is_same_file(&status, handler)) ? OURS : PROGRAM;
 }
 
-/* Find a program as a shell would, but never this one. */
-static bool find_program(const char *name, const char *handler, char out[PATH_MAX])
+/* Find a program as a shell would, but for ours. */
+static enum found find_program(const char *name, const char *handler, char out[PATH_MAX])
 {
     const char *folders = getenv("PATH");
+    enum found best = NOTHING;
 
     if (strchr(name, '/'))
-        return snprintf(out, PATH_MAX, "%s", name) < PATH_MAX && is_other_program(out, handler);
+        return snprintf(out, PATH_MAX, "%s", name) < PATH_MAX ? look_at(out, handler) : NOTHING;
     for (folders = folders && *folders ? folders : DEFAULT_PATH;; folders++) {
         size_t length = strcspn(folders, ":");
         int written = snprintf(out, PATH_MAX, "%.*s/%s", (int)length, folders, name);
+        enum found found = length && length < PATH_MAX && written < PATH_MAX ? look_at(out, handler) : NOTHING;
 
-        if (length && length < PATH_MAX && written < PATH_MAX && is_other_program(out, handler))
-            return true;
+        if (found == PROGRAM)
+            return PROGRAM;
+        if (found == OURS)
+            best = OURS;
         folders += length;
         if (!*folders)
-            return false;
+            return best;
     }
 }
 
-static bool find_runtime(const struct settings *settings, const char *handler, char out[PATH_MAX])
+static enum found find_runtime(const struct settings *settings, const char *handler, char out[PATH_MAX])
 {
     if (*settings->path)
         return find_program(settings->path, handler, out);
     for (size_t i = 0; i < COUNT(runtimes); i++)
-        if (find_program(runtimes[i], handler, out))
-            return true;
+        if (find_program(runtimes[i], handler, out) == PROGRAM)
+            return PROGRAM;
+    return NOTHING;
+}
+
+/*
+ * Whether this process has been this program before and became the same runtime: then that one starts ours in its place
+ * (nvidia-container-runtime starts what its own configuration names), and would again and again.
+ */
+static bool comes_back(const char *runtime)
+{
+    const char *before = getenv(PASSED_VARIABLE);
+    char now[PATH_MAX + 32];
+
+    snprintf(now, sizeof(now), "%ld %s", (long)getpid(), runtime);
+    if (before && strcmp(before, now) == 0)
+        return true;
+    setenv(PASSED_VARIABLE, now, 1); /* fails for want of memory only, as what follows would */
     return false;
 }
 
@@ -280,9 +304,9 @@ static bool find_python(const char *package, char out[PATH_MAX])
     folder = cut(prefix);
     if ((strcmp(folder, "site-packages") == 0 || strcmp(folder, "dist-packages") == 0) &&
         strncmp(cut(prefix), "python3", strlen("python3")) == 0 && strcmp(cut(prefix), "lib") == 0 &&
-        snprintf(out, PATH_MAX, "%s/bin/python3", prefix) < PATH_MAX && is_other_program(out, NULL))
+        snprintf(out, PATH_MAX, "%s/bin/python3", prefix) < PATH_MAX && look_at(out, NULL) == PROGRAM)
         return true;
-    return find_program("/usr/bin/python3", NULL, out) || find_program("python3", NULL, out);
+    return find_program("/usr/bin/python3", NULL, out) == PROGRAM || find_program("python3", NULL, out) == PROGRAM;
 }
 
 /* Have shim.py rewrite the spec and become the runtime. Returns only where that cannot be started. */
@@ -326,6 +350,7 @@ int main(int argc, char **argv)
     struct settings settings = {0};
     char runtime[PATH_MAX];
     int error = read_settings(handler, &settings);
+    enum found found;
 
     if (handler) {
         argc -= 2;
@@ -334,12 +359,19 @@ int main(int argc, char **argv)
     command = read_command(argc, argv);
     if (error)
         return complain(&command, "cannot read the handler %s: %s", handler, strerror(-error));
-    if (!find_runtime(&settings, handler, runtime))
-        return complain(
-            &command,
-            "cannot find the real OCI runtime %s: install it, or name it by [runtime] path in %s or, as the "
-            "engine's own, by \"mpu-notify configure\"",
-            *settings.path ? settings.path : "(runc or crun in PATH)", settings.file);
+    found = find_runtime(&settings, handler, runtime);
+    if (found == OURS)
+        return complain(&command,
+                        "the real OCI runtime cannot be %s, which is mpu-notify-runtime itself: name runc or crun " BY,
+                        settings.path, settings.file);
+    if (found == NOTHING)
+        return complain(&command, "cannot find the real OCI runtime %s: install it, or name it " BY,
+                        *settings.path ? settings.path : "(runc or crun in PATH)", settings.file);
+    if (comes_back(runtime))
+        return complain(&command,
+                        "the real OCI runtime cannot be %s, which starts mpu-notify-runtime again: have it start runc "
+                        "or crun (nvidia-container-runtime: by `runtimes` in its config.toml), or name another one " BY,
+                        runtime, settings.file);
     if (must_rewrite(&command, &settings))
         return become_shim(&command, &settings, runtime, argc, argv);
     argv[0] = runtime;

@@ -410,6 +410,32 @@ def test_it_is_never_its_own_runtime(bundle: Bundle, tmp_path: Path, monkeypatch
     assert bundle.call("--version").stdout.startswith("runc version")
 
 
+def test_a_path_to_itself_is_refused(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ours").symlink_to(SHIM)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for path in SHIM, tmp_path / "ours", "ours":
+        bundle.configure(path=path)
+        assert bundle.run("--log-format", "json").returncode == 1
+        message = json.loads(bundle.log.read_text().splitlines()[-1])["msg"]
+        assert f"cannot be {path}, which is mpu-notify-runtime itself" in message
+        assert f"name runc or crun by [runtime] path in {bundle.settings}" in message
+
+
+@pytest.mark.parametrize("annotations", [{}, {ANNOTATION: "true"}])
+def test_a_runtime_that_starts_it_again_is_refused(
+    bundle: Bundle, agent: Agent, tmp_path: Path, annotations: dict[str, str]
+) -> None:
+    nvidia = tmp_path / "nvidia-container-runtime"
+    nvidia.write_text(CHAINED % (str(SHIM), str(SHIM)))
+    nvidia.chmod(0o755)
+    bundle.configure(path=nvidia)
+    bundle.change(annotations=annotations)
+    result = bundle.run()
+    assert result.returncode == 1
+    assert f"cannot be {nvidia}, which starts mpu-notify-runtime again: have it start runc or crun" in result.stderr
+    assert not agent.states
+
+
 # A handler is what an engine calls: for `kill` and `delete` Podman gives it no environment at all.
 
 
