@@ -177,6 +177,12 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"there is no program {shim}: give the runtime's place with --runtime-path")
     plan = _plan(where)
     finder = handler.Finder(where.tree, (shim, where.handler))
+    wished = args.real_runtime or plan.behind
+    if finder.is_ours(wished):
+        raise ConfigurationError(
+            f"{wished} is mpu-notify-runtime itself, which cannot be behind itself: name the runtime that is to be by "
+            "--real-runtime PATH"
+        )
     real = finder.program(args.real_runtime) if args.real_runtime else _real(where, finder, plan)
     if real is None:
         raise ConfigurationError(
@@ -186,7 +192,7 @@ def main(args: argparse.Namespace) -> int:
     complete = Plan(notes=plan.notes)
     complete.set(where.before, where.handler, handler.contents(shim, real))
     complete.files |= plan.files
-    carry_out(where, complete, args, f"{where.engine} is configured already: nothing to change.")
+    carry_out(where, complete, args, _RELOAD[where.engine], f"{where.engine} is configured already: nothing to change.")
     return 0
 
 
@@ -209,8 +215,8 @@ def _real(where: Target, finder: handler.Finder, plan: Plan) -> str | None:
     return finder.program(plan.behind, "runc")
 
 
-def carry_out(where: Target, plan: Plan, args: argparse.Namespace, nothing: str) -> None:
-    """Show the plan, or do it and say what was done and what to run now. Raises ConfigurationError."""
+def carry_out(where: Target, plan: Plan, args: argparse.Namespace, command: str | None, nothing: str) -> None:
+    """Show the plan, or do it and say what was done and what command to run now. Raises ConfigurationError."""
     for note in plan.notes:
         print(f"mpu-notify: note: {note}", file=sys.stderr)
     if not plan.files:
@@ -223,6 +229,5 @@ def carry_out(where: Target, plan: Plan, args: argparse.Namespace, nothing: str)
     where.tree.apply(plan)
     for path, contents in plan.files.items():
         print(f"{'Removed' if contents is None else 'Wrote'} {where.tree.find(path)}")
-    command = _RELOAD[where.engine]
     if command and where.tree.root == Path("/"):
         print(f"Now run: {command}")

@@ -16,7 +16,7 @@ from grpc_tools import protoc
 from . import images
 from .agent import ANNOTATION
 from .engines import CRI_PROTO, CRI_TABLE, RUNTIME, Container, Containerd, Setting, Wish
-from .place import SECONDS, CommandError
+from .place import SECONDS, CommandError, eventually
 
 _SERVICE = "runtime.v1.RuntimeService"
 _NETWORK = "none"
@@ -89,10 +89,17 @@ class Cri(Containerd):
     def _serve(self) -> None:
         super()._serve()
         self._client = Client(self.socket, self.setting.directory)
+        eventually(self._is_ready, "the CRI plugin takes calls")
 
-    def reload(self) -> None:
+    def _is_ready(self) -> bool:
+        try:
+            return bool(self._client.call("Status"))
+        except CommandError:
+            return False
+
+    def serve_anew(self) -> None:
         self._client.close()
-        super().reload()
+        super().serve_anew()
 
     def down(self) -> None:
         self._client.close()
@@ -165,9 +172,11 @@ class Cri(Containerd):
 
     def restart(self, container: Container) -> Container:
         """As a kubelet does: another container in the same pod."""
-        pod_id, pod, config = self._made.pop(container.identifier)
+        pod_id, pod, config = self._made[container.identifier]
         self._client.call("RemoveContainer", container_id=container.identifier)
-        return dataclasses.replace(container, identifier=self._container(pod_id, pod, config))
+        restarted = dataclasses.replace(container, identifier=self._container(pod_id, pod, config))
+        del self._made[container.identifier]
+        return restarted
 
     def _remove(self, name: str) -> None:
         made = self._made.pop(name, None)

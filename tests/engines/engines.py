@@ -63,8 +63,9 @@ class Container:
         return self.engine.exec(self, command)
 
     def restart(self) -> Container:
+        restarted = self.engine.restart(self)
         self.engine.containers.remove(self)
-        self.engine.containers.append(restarted := self.engine.restart(self))
+        self.engine.containers.append(restarted)
         return restarted
 
     @property
@@ -132,7 +133,10 @@ class Engine(ABC):
             self.configure()
 
     def reload(self) -> None:  # noqa: B027 - nothing to do where there is no daemon
-        """What `configure` and `unconfigure` say to run then."""
+        """What `configure` says to run then."""
+
+    def serve_anew(self) -> None:  # noqa: B027 - as above
+        """What `unconfigure` says to run then."""
 
     def start(self, *command: str, wish: Wish | None = None) -> Container:
         """Start a container in the background. Raises CommandError."""
@@ -217,6 +221,9 @@ class _DockerLike(Engine):
         options += [f"--pid=container:{wish.pid_namespace_of.identifier}"] if wish.pid_namespace_of else []
         return self.client("run", "--detach", *options, images.NAME, *command).strip()
 
+    def name_of(self, container: Container) -> str:
+        return self.client("inspect", "--format", "{{.Name}}", container.identifier).strip().lstrip("/")
+
     def _cgroup(self) -> list[str]:
         return [f"--cgroup-parent=/{self.place.cgroup}"]
 
@@ -260,6 +267,7 @@ class Docker(_DockerLike):
             "ip6tables": False,
             "storage-driver": "overlay2",
             "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "live-restore": True,
         }
         if self.newer:
             config |= {"features": {"cdi": True}, "cdi-spec-dirs": [str(self.cdi_directory)]}
@@ -269,9 +277,16 @@ class Docker(_DockerLike):
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(config))
         self.configure()
+        self._serve()
+        self.client("import", str(self.setting.layer), images.NAME)
+
+    def _serve(self) -> None:
         self._daemon = Daemon(self.place, self.setting.directory / "log", self.program("sbin/dockerd"), env=self.env)
         self._daemon.wait_for(self._socket.exists)
-        self.client("import", str(self.setting.layer), images.NAME)
+
+    def serve_anew(self) -> None:
+        self._daemon.stop()
+        self._serve()
 
     def reload(self) -> None:
         reloads = self._daemon.log.read_text().count(_RELOADED)
@@ -386,16 +401,23 @@ class Containerd(Engine):
         self._daemon = Daemon(self.place, self.setting.directory / "log", self.program("bin/containerd"), env=env)
         self._daemon.wait_for(self.socket.exists)
 
-    def reload(self) -> None:
+    def serve_anew(self) -> None:
         self._daemon.stop()
         self.socket.unlink(missing_ok=True)
         self._serve()
+
+    def reload(self) -> None:
+        self.serve_anew()
 
     def program(self, name: str) -> str:
         return str((NEWER if self.newer else Path("/usr")) / name)
 
     def down(self) -> None:
         self._daemon.stop()
+
+    def read(self, config: str) -> str:
+        """What containerd makes of a configuration."""
+        return self.place.run(self.program("bin/containerd"), "--config", config, "config", "dump", env=self.env)
 
     def _ctr(self, *words: str) -> str:
         return self.place.run(self.program("bin/ctr"), "--address", self.socket, *words)

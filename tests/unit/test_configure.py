@@ -543,10 +543,21 @@ def test_without_a_runtime_nothing_is_configured(root: Path) -> None:
     before = snapshot(root)
     fails(run("configure", "docker", root), "cannot find the runtime that docker uses by default")
     fails(run("configure", "docker", root, "--real-runtime", "/opt/none"), "cannot find /opt/none")
-    fails(run("configure", "docker", root, "--real-runtime", "/opt/shim"), "cannot find /opt/shim")
+    fails(run("configure", "docker", root, "--real-runtime", "/opt/shim"), "/opt/shim is mpu-notify-runtime itself")
     make_program(root, "opt/sp ace")
     fails(run("configure", "docker", root, "--real-runtime", "/opt/sp ace", "--runtime-path", "/opt/sp ace"), "cannot")
     assert {**before, "opt/sp ace": b"#!/bin/sh\n"} == snapshot(root)
+
+
+@pytest.mark.parametrize("path", ["/opt/shim", "/etc/mpu-notify/runtimes/docker", "/opt/link"])
+def test_a_default_runtime_that_is_ours_is_not_put_behind_itself(path: str, root: Path) -> None:
+    (root / "opt/link").symlink_to("shim")
+    assert run("configure", "docker", root).returncode == 0
+    put(root, DAEMON, json.dumps({"default-runtime": "gpu", "runtimes": {"gpu": {"path": path}}}).encode())
+    before = snapshot(root)
+    fails(run("configure", "docker", root), f"{path} is mpu-notify-runtime itself")
+    assert snapshot(root) == before
+    assert run("configure", "docker", root, "--real-runtime", "/usr/sbin/runc").returncode == 0
 
 
 def fails(result: subprocess.CompletedProcess[str], message: str, status: int = 1) -> None:
@@ -648,7 +659,7 @@ def test_containers_that_are_left_are_named(root: Path) -> None:
     put(root, "/data/containers/half/hostconfig.json", b"{")
     run("configure", "docker", root)
     done = run("unconfigure", "docker", root)
-    assert "do not start again before they are created anew: mapped one\n" in done.stderr
+    assert "bound to the runtime mpu-notify: mapped one; docker exec, stop and rm go on working" in done.stderr
     assert "/etc/mpu-notify/runtimes/docker stays for containers that run under it" in done.stderr
     assert handler(root, "docker")
     assert done.returncode == 0

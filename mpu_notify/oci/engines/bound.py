@@ -44,12 +44,12 @@ def _load(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def podman() -> list[str] | None:
+def podman(*, running: bool = False) -> list[str] | None:
     """The names of this user's Podman containers that are bound to our runtime; None if Podman cannot be asked."""
     if shutil.which("podman") is None:
         return None
     try:
-        ids = _podman("ps", "--all", "--quiet").split()
+        ids = _podman("ps", "--quiet", *([] if running else ["--all"])).split()
         lines = _podman("inspect", "--type", "container", "--format", "{{.OCIRuntime}} {{.Name}}", *ids) if ids else ""
     except (OSError, subprocess.SubprocessError):
         return None

@@ -10,7 +10,7 @@ import hashlib
 import os
 import posixpath
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mpu_notify.oci import settings
@@ -58,13 +58,20 @@ class Finder:
 
     def program(self, *names: str) -> str | None:
         """The first of these that is a program and not ours, as an absolute path."""
+        return next((found for found in self._programs(names) if self._tree.find(found) not in self._ours), None)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether an engine that is to start this starts ours."""
+        found = next(self._programs([name]), None)
+        return found is not None and self._tree.find(found) in self._ours
+
+    def _programs(self, names: Iterable[str]) -> Iterator[str]:
         for name in names:
             folders = ("",) if name.startswith("/") else _FOLDERS
             for found in (posixpath.join(folder, name) for folder in folders):
                 place = self._tree.find(found)
-                if place not in self._ours and place.is_file() and os.access(place, os.X_OK):
-                    return found
-        return None
+                if place.is_file() and os.access(place, os.X_OK):
+                    yield found
 
     def podman(self) -> str | None:
         """What Podman says that it uses; what it would take first where it cannot be asked."""
