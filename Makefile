@@ -18,11 +18,7 @@ SECONDS := 60
 
 # Install those of some packages that are missing.
 define install
-	@missing=$$(for package in $(1); do \
-	    dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || echo $$package; \
-	done); \
-	test -z "$$missing" || { apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
+	@set -e; . tests/apt.sh; install_missing $(1)
 endef
 
 build: $(VENV)/.built

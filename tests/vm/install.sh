@@ -12,18 +12,13 @@ MODULES="virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_p
     9pnet 9pnet_virtio netfs fscache 9p fuse cuse"
 
 here=$(cd "$(dirname "$0")" && pwd)
+. "$here/../apt.sh"
 folder=${1:-$here/../../build/vm}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
-missing=$(for package in $PACKAGES; do
-    dpkg-query -W -f='${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed || echo "$package"
-done)
-if [ -n "$missing" ]; then
-    apt-get update -qq
-    # shellcheck disable=SC2086 - one word each
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
-fi
+# shellcheck disable=SC2086 - one word each
+install_missing $PACKAGES
 
 ready=$folder/guest
 if [ "$ready" -nt "$0" ] && [ "$ready" -nt "$here/init.sh" ]; then
@@ -33,13 +28,13 @@ fi
 work=$(mktemp -d "$folder/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/package" "$work/root/modules" "$work/root/bin" "$work/guest"
-apt-get update -qq
+apt update
 image=$(apt-cache depends "$KERNEL" | sed -n 's/^ *Depends: *\(linux-image-[0-9].*\)/\1/p' | head -n 1)
 test -n "$image" || {
     echo "install.sh: $KERNEL names no kernel; is there a Debian repository that apt knows?" >&2
     exit 1
 }
-(cd "$work" && apt-get download -qq -o APT::Sandbox::User=root "$image")
+(cd "$work" && apt download -o APT::Sandbox::User=root "$image")
 dpkg-deb -x "$work"/*.deb "$work/package"
 
 # The kernel proper, out of the file that unpacks itself: under emulation that takes longer than the whole boot.
