@@ -354,6 +354,15 @@ class Podman(_DockerLike):
     def client(self, *words: str) -> str:
         return self.place.run("/usr/bin/podman", *words, account=self.account, env=self.env)
 
+    def _remove(self, name: str) -> None:
+        try:
+            super()._remove(name)
+        except CommandError as error:
+            # Of a container's /dev/shm, now and then.
+            if "device or resource busy" not in str(error):
+                raise
+            super()._remove(name)
+
     def _cgroup(self) -> list[str]:
         return [] if self.account else super()._cgroup()
 
