@@ -546,7 +546,7 @@ static void case_thread(struct gpu *gpu, struct place *place)
     in_thread(gpu, place, thread_plain);
 }
 
-/* A thread whose files are no longer those of its process: fd 200 exists only in it. */
+/* A thread whose files are no longer those of its process: there, fd 200 is another open file of the control node. */
 static void *thread_unshared(void *argument)
 {
     struct work *work = argument;
@@ -562,6 +562,8 @@ static void *thread_unshared(void *argument)
 
 static void case_unshared_files(struct gpu *gpu, struct place *place)
 {
+    if (dup2(open_node(directory_argument, "nvidiactl", O_RDWR), 200) != 200)
+        die("dup2");
     in_thread(gpu, place, thread_unshared);
 }
 

@@ -18,7 +18,7 @@ import pytest
 
 from mpu_notify.notify import protocol
 from mpu_notify.notify.monitor import PROGRAM, Monitor, MonitorError, identify
-from mpu_notify.notify.protocol import Cause, Ended, Outcome, Performed, Request, Step
+from mpu_notify.notify.protocol import Cause, Ended, Message, Outcome, Performed, Request, Step
 from mpu_notify.rm.controls import GPU_PID_INFO, GPU_PIDS, NVENC_SESSIONS
 from mpu_notify.supervisor.service import MONITORED
 
@@ -387,6 +387,50 @@ def test_another_drivers_file_is_not_even_fetched(standin: StartStandIn, caller_
             assert channel.pass_all_on() is Cause.FILE_FOREIGN
 
 
+@pytest.mark.parametrize("case", ["gpu_node", "other_file"])
+def test_of_the_drivers_files_only_the_control_node_is_served(
+    standin: StartStandIn, caller_program: Path, case: str
+) -> None:
+    node = standin().control_node
+    with (
+        scripted_supervisor(node) as supervisor,
+        under_filter(caller_program, node.parent, case) as caller,
+    ):
+        channel = supervisor.attach(caller)
+        caller.go()
+        assert channel.pass_all_on() is Cause.FILE_FOREIGN
+
+
+@pytest.mark.parametrize(("device", "cause"), [("/dev/null", Cause.IOCTL_FAILED), ("/dev/zero", Cause.FILE_FOREIGN)])
+def test_of_device_files_only_the_one_with_the_numbers_is_served(
+    standin: StartStandIn, caller_program: Path, device: str, cause: Cause
+) -> None:
+    """The caller's file is /dev/null, which takes no RM control."""
+    node = standin().control_node
+    with (
+        scripted_supervisor(Path(device)) as supervisor,
+        under_filter(caller_program, node.parent, "other_file") as caller,
+    ):
+        channel = supervisor.attach(caller)
+        caller.go()
+        assert channel.pass_all_on() is cause
+
+
+@pytest.mark.parametrize("case", ["bad_client", "another_open_file"])
+def test_an_answer_that_the_driver_refused_is_shown_to_nobody(
+    standin: StartStandIn, caller_program: Path, case: str
+) -> None:
+    node = standin().control_node
+    with (
+        scripted_supervisor(node) as supervisor,
+        under_filter(caller_program, node.parent, case) as caller,
+    ):
+        channel = supervisor.attach(caller)
+        caller.go()
+        channel.begun()
+        assert channel.outcome() is Cause.STATUS_BAD, "and no request before"
+
+
 def test_a_file_that_is_replaced_while_it_is_fetched_is_not_the_control_node(
     standin: StartStandIn, caller_program: Path
 ) -> None:
@@ -508,6 +552,16 @@ def test_a_supervisor_that_is_silent_after_one_more_control_is_not_waited_for(sc
     scene.channel.performed()
     assert scene.caller.line() == scene.what_the_driver_says("i")
     assert scene.channel.outcome() is Cause.SUPERVISOR_SILENT
+
+
+def test_all_exchanges_of_a_call_share_one_time(scene: Scene) -> None:
+    message: Message = scene.ask("x", Step.OUT)
+    while isinstance(message, (Request, Performed)):
+        time.sleep(0.2)  # of 0.3 s
+        scene.channel.channel.perform(message, GPU_PIDS.cmd, LIST_ALL)
+        message = scene.channel.next()
+    assert isinstance(message, Outcome)
+    assert message.cause is Cause.SUPERVISOR_SILENT
 
 
 def test_a_caller_that_is_killed_before_one_more_control_harms_nobody(scene: Scene) -> None:
