@@ -355,13 +355,17 @@ class Podman(_DockerLike):
         return self.place.run("/usr/bin/podman", *words, account=self.account, env=self.env)
 
     def _remove(self, name: str) -> None:
+        eventually(lambda: self._is_removed(name), f"the end of container {name}")
+
+    def _is_removed(self, name: str) -> bool:
         try:
             super()._remove(name)
         except CommandError as error:
-            # Of a container's /dev/shm, now and then.
+            # Now and then Podman finds a container's /dev/shm still mounted, by its own doing.
             if "device or resource busy" not in str(error):
                 raise
-            super()._remove(name)
+            return False
+        return True
 
     def _cgroup(self) -> list[str]:
         return [] if self.account else super()._cgroup()
