@@ -344,6 +344,16 @@ def test_a_caller_that_is_killed_while_the_driver_works_harms_nobody(
         assert scene.channel.pass_all_on() is Cause.CALLER_GONE
 
 
+#: asm/unistd.h, the same everywhere.
+PIDFD_GETFD = 438
+
+
+def _system_calls(pid: int) -> set[int]:
+    """Those that the threads of a process are in."""
+    words = [task.read_text().split()[0] for task in Path(f"/proc/{pid}/task").glob("*/syscall")]
+    return {int(word) for word in words if word.isdigit()}
+
+
 def _opened(fd: Path) -> str | None:
     try:
         return str(fd.readlink())
@@ -444,8 +454,10 @@ def test_a_file_that_is_replaced_while_it_is_fetched_is_not_the_control_node(
         assert caller.line() == "up"
         request = channel.up_to(Step.IN)
         assert supervisor.monitor.process is not None
-        with injected(supervisor.monitor.process.pid, "--inject=pidfd_getfd:delay_enter=1s"):
+        monitor = supervisor.monitor.process.pid
+        with injected(monitor, "--inject=pidfd_getfd:delay_enter=1s"):
             channel.pass_on(request)
+            eventually(lambda: PIDFD_GETFD in _system_calls(monitor), "the monitor has looked, and is to fetch")
             caller.poke()
             assert channel.outcome() is Cause.FILE_FOREIGN, "and no ioctl was made on it"
         assert caller.line().startswith("ret=-1 errno=25")
