@@ -14,7 +14,7 @@ PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 # How long `make fuzz` works on each target.
 SECONDS := 60
 
-.PHONY: build demo engines vm test lint analyse fuzz sanitize bench format clean packages tools
+.PHONY: build demo engines vm test lint analyse fuzz sanitize reliability bench format clean packages tools
 
 # Install those of some packages that are missing.
 define install
@@ -81,6 +81,14 @@ fuzz: build tools
 sanitize: | packages
 	tests/sanitize/run.sh address tests/unit tests/kernel --ignore=tests/kernel/test_no_allocation.py
 	tests/sanitize/run.sh thread tests/kernel/test_monitor.py tests/kernel/test_serve.py
+
+# docs/reliability.md: every fault that the tests know, what the caller got and what was left behind.
+ROWS := build/reliability.rows
+reliability: build
+	mkdir -p build
+	: > $(ROWS)
+	$(BIN)/pytest tests/kernel/faults --rows $(ROWS)
+	$(BIN)/python -m tests.kernel.faults.table $(ROWS) docs/reliability.md
 
 bench: build
 	$(BIN)/python -m bench

@@ -11,6 +11,10 @@ import pytest
 from hypothesis import settings
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", type=Path, metavar="FILE", help="append what each fault did (tests/kernel/faults)")
+
+
 def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest's signature
     """The tests start the commands of the installation that they run in, with signals as a shell has them.
 
