@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 PACKAGES := gcc libc6-dev libseccomp2 make mount musl-tools procps python3-dev python3-venv strace systemd util-linux
 # What the fuzz targets and the static analysers need besides.
 TOOLS := clang libclang-rt-dev
-C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitize/*.c tests/unit/*.c)
+C_SOURCES := $(wildcard csrc/*.c csrc/*.h bench/*.c tests/kernel/*.c tests/kernel/*.h tests/kernel/faults/*.c tests/engines/*.c tests/fuzz/*.c tests/fuzz/*.h tests/sanitize/*.c tests/unit/*.c)
 PYTHON_SOURCES := mpu_notify csrc tests bench setup.py
 
 # How long `make fuzz` works on each target.

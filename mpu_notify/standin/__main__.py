@@ -40,7 +40,7 @@ class _Node:
 
 
 def _traced(name: str, opener: Opener, to: TextIO) -> Opener:
-    return lambda tid: TracedFile(name, opener(tid), to)
+    return lambda tid: TracedFile(name, tid, opener(tid), to)
 
 
 def _nodes(driver: Driver, trace: TextIO | None) -> dict[str, tuple[DeviceNumber, Opener]]:

@@ -1,6 +1,7 @@
 """What programs ask of the stand-in, one JSON object a line: controls, allocations, and every other ioctl by number.
 
-Buffers are hex without the zero bytes at their end.
+Each line has the thread that asks and the one that opened the file, by their ids on the host. Buffers are hex without
+the zero bytes at their end.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ class TracedFile:
     """An open file that does what another does, and tells."""
 
     name: str
+    opened_by: int
     file: OpenFile
     to: TextIO
 
     def ioctl(self, call: IoctlCall) -> bytes:
         """Pass it on, and tell."""
         number, size = abi.ioctl_parts(call.cmd)
-        told: dict[str, object] = {"device": self.name, "nr": number, "size": size, "in": _hex(call.data)}
+        told: dict[str, object] = {"nr": number, "size": size, "in": _hex(call.data)}
         caller = Caller(call.tid)
         if number == abi.Escape.RM_CONTROL and len(call.data) == abi.Nvos54.LAYOUT.size:
             control = abi.Nvos54.unpack(call.data)
@@ -36,6 +38,7 @@ class TracedFile:
             alloc = abi.RmAlloc.unpack(call.data[: abi.RmAlloc.LAYOUT.size])
             told = {"alloc": hex(alloc.class_number), "parent": hex(alloc.parent), "handle": hex(alloc.new)}
             told["arg_size"] = size
+        told |= {"device": self.name, "by": call.tid, "opened_by": self.opened_by}
         try:
             answer = self.file.ioctl(call)
         except OSError as error:

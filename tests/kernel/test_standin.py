@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def test_traces_what_it_is_asked(standin: StartStandIn, tmp_path: Path) -> None:
             client.alloc(client.handle, 0xFFFF)
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     control = {"control": "0x2080ffff", "object": hex(gpu.subdevice), "size": 8, "params_in": "", "status": "0x56"}
-    assert {**control, "params_out": ""} in lines
+    file = {"device": "nvidiactl", "by": threading.get_native_id(), "opened_by": threading.get_native_id()}
+    assert {**control, **file, "params_out": ""} in lines
     assert [line["alloc"] for line in lines if "alloc" in line] == ["0x41", "0x80", "0x2080", "0xffff"]
     (cards,) = [line for line in lines if line.get("nr") == 200]
     assert (cards["device"], cards["size"], cards["in"]) == ("nvidiactl", 32 * 72, "")
