@@ -39,7 +39,7 @@ SANITIZER = os.environ.get("MPU_NOTIFY_SANITIZE", "")
 PROGRAMS = {
     "mpu-notify-monitor": [
         *("start.c", "monitor.c", "agent.c", "handover.c", "keeper.c"),
-        *("listener.c", "slot.c", "call.c", "caller.c", "packet.c"),
+        *("listener.c", "slot.c", "call.c", "caller.c", "packet.c", "peer.c"),
     ],
     "mpu-notify-hook": ["hook.c", "inject.c"],
     "mpu-notify-runtime": ["runtime.c"],

@@ -7,6 +7,7 @@
 #include "cleanup.h"
 #include "monitor.h"
 #include "packet.h"
+#include "peer.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,7 +16,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -69,25 +69,6 @@ bool is_listener(int fd)
     snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
     length = readlink(path, target, sizeof(target));
     return length == (ssize_t)sizeof(wanted) - 1 && memcmp(target, wanted, sizeof(wanted) - 1) == 0;
-}
-
-/* The peer is root, or the same user, and in our PID namespace: a container's root with the socket mounted is not. */
-static int check_peer(const struct ucred *peer)
-{
-    char path[64];
-    struct stat theirs, ours;
-
-    if (peer->uid != 0 && peer->uid != geteuid())
-        return -EPERM;
-    if (peer->pid <= 0) /* not even visible from our namespace */
-        return -EPERM;
-    snprintf(path, sizeof(path), "/proc/%d/ns/pid", peer->pid);
-    if (stat(path, &theirs))
-        /* A runtime on a busy machine may have exited: refusing would break its container, which must not be. */
-        return errno == ENOENT || errno == ESRCH ? 0 : -EPERM;
-    if (stat("/proc/self/ns/pid", &ours))
-        return -EPERM;
-    return theirs.st_dev == ours.st_dev && theirs.st_ino == ours.st_ino ? 0 : -EPERM;
 }
 
 /* The listener among the fds; every other one is closed. */
@@ -195,7 +176,7 @@ static const char *refusal(int error)
 {
     switch (error) {
     case -EPERM:
-        return "it is neither root nor our user in our PID namespace";
+        return PEER_REFUSED;
     case -E2BIG:
         return "its message is over 1 MiB";
     case -ETIMEDOUT:
@@ -209,10 +190,9 @@ static const char *refusal(int error)
     }
 }
 
-static void refuse(const struct ucred *peer, int error)
+static void refuse(struct monitor *monitor, const struct ucred *peer, int error)
 {
-    complain("refused process %d of user %u on the agent socket: %s", (int)peer->pid, (unsigned)peer->uid,
-             refusal(error));
+    peer_complain(monitor, peer, "agent", refusal(error));
 }
 
 static void arrival_end(struct arrival *arrival)
@@ -245,7 +225,7 @@ static void serve(struct arrival *arrival, int error)
     }
     /* A connection that brings nothing at all only wants to know whether somebody is here. */
     if (error && !(error == -EBADF && arrival->size == 0))
-        refuse(&arrival->peer, error);
+        refuse(arrival->monitor, &arrival->peer, error);
     arrival_end(arrival);
     if (!listener)
         return;
@@ -294,17 +274,16 @@ void agent_accept(struct monitor *monitor)
 {
     int connection = accept4(monitor->agent, NULL, NULL, SOCK_CLOEXEC);
     struct ucred peer = {0};
-    socklen_t size = sizeof(peer);
     int error;
 
     if (connection < 0)
         return; /* it hung up meanwhile, or there are no fds: what waits in the backlog is tried again */
-    /* Now, while the peer is surely there. */
-    error = getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &size) ? -errno : check_peer(&peer);
+    /* A runtime on a busy machine may have exited: refusing would break its container, which must not be. */
+    error = peer_check(connection, true, &peer);
     if (!error)
         error = start_arrival(monitor, connection, &peer);
     if (error) {
-        refuse(&peer, error);
+        refuse(monitor, &peer, error);
         close(connection);
     }
 }

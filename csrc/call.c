@@ -518,7 +518,7 @@ static void supervise(struct listener *listener, const struct config *config, co
 /* Nearly every call ends here, after one small read: it is not in the table, the kernel goes on. */
 void call_handle(struct listener *listener)
 {
-    const struct config *config = listener->monitor->config;
+    const struct config *config = config_of(listener);
     const struct seccomp_notif *notif = listener->notif;
     struct nvos54 nvos54;
     uint64_t address;

@@ -150,10 +150,10 @@ static const struct sock_filter CONFINE_FILTER[] = {
     CONFINE_DENY,
 };
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define CONFINE_IS_SANITIZED 1
 #elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define CONFINE_IS_SANITIZED 1
 #endif
 #endif
@@ -162,7 +162,7 @@ static const struct sock_filter CONFINE_FILTER[] = {
 static inline int mpu_confine_monitor(void)
 {
 #ifdef CONFINE_IS_SANITIZED
-    return 0; /* the sanitizer traces its own process to look for leaks */
+    return 0; /* the sanitizer makes calls of its own, and traces its own process to look for leaks */
 #else
     struct sock_fprog program = {.len = sizeof(CONFINE_FILTER) / sizeof(CONFINE_FILTER[0]),
                                  .filter = (struct sock_filter *)(uintptr_t)CONFINE_FILTER};

@@ -2,6 +2,7 @@
 
 #include "agent.h"
 #include "cleanup.h"
+#include "peer.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -28,6 +29,9 @@ static int connect_to(const char *path)
     strcpy(address.sun_path, path);
     if (connect(fd, (struct sockaddr *)&address, sizeof(address)))
         return -errno;
+    result = peer_check_listener(fd);
+    if (result)
+        return result;
     result = fd;
     fd = -1;
     return result;

@@ -91,6 +91,7 @@ static void listener_unlink(struct listener *listener)
             *at = listener->next;
             break;
         }
+    config_release(listener->config); /* here, because the monitor may end as soon as it is unlinked */
     monitor_wake(monitor);
 }
 

@@ -5,6 +5,7 @@
 #include "cleanup.h"
 #include "handover.h"
 #include "packet.h"
+#include "peer.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -38,6 +39,35 @@ static bool is_sound(const struct mpu_control *control)
            pointer_end <= control->size && control->asks <= 1;
 }
 
+void config_release(struct config *config)
+{
+    if (config && --config->users == 0)
+        free(config);
+}
+
+void config_publish(struct monitor *monitor, struct config *config)
+{
+    LOCKED(&monitor->lock);
+
+    config_release(monitor->config);
+    if (config)
+        config->users = 1;
+    monitor->config = config;
+}
+
+const struct config *config_of(struct listener *listener)
+{
+    struct monitor *monitor = listener->monitor;
+
+    if (listener->config != monitor->config) {
+        LOCKED(&monitor->lock);
+        config_release(listener->config);
+        listener->config = monitor->config;
+        listener->config->users++;
+    }
+    return listener->config;
+}
+
 static int configure(struct monitor *monitor, const struct packet *packet)
 {
     const struct mpu_configure *wanted = &packet->configure;
@@ -56,8 +86,7 @@ static int configure(struct monitor *monitor, const struct packet *packet)
     config->n_controls = wanted->n_controls;
     config->silence_ms = wanted->silence_ms;
     config->device = (struct device){wanted->is_device == 1, wanted->major, wanted->minor, wanted->ino};
-    config->older = monitor->config;
-    monitor->config = config;
+    config_publish(monitor, config);
     LOCKED(&monitor->lock);
     monitor->has_supervisor = true;
     return 0;
@@ -199,13 +228,19 @@ static void drop_newcomer(struct monitor *monitor)
     monitor->newcomer = -1;
 }
 
-/* Who connects says next what it is; the socket's mode says who may. The last one counts. */
+/* Who connects says next what it is. The last one counts. */
 static void accept_newcomer(struct monitor *monitor)
 {
     int newcomer = accept4(monitor->control, NULL, NULL, SOCK_CLOEXEC);
+    struct ucred peer = {0};
 
     if (newcomer < 0)
         return;
+    if (peer_check(newcomer, false, &peer)) {
+        peer_complain(monitor, &peer, "control", PEER_REFUSED);
+        close(newcomer);
+        return;
+    }
     drop_newcomer(monitor);
     monitor->newcomer = newcomer;
     if (monitor_greet(monitor, newcomer))

@@ -15,10 +15,10 @@ struct packet;
 struct seccomp_notif;
 struct seccomp_notif_resp;
 
-/* What the supervisor wants. Constant once published; a newer one takes its place and keeps it, for threads that read.
- */
+/* What the supervisor wants. Constant once published, but for its users: the monitor, and listeners until they see
+ * that there is a newer one. */
 struct config {
-    struct config *older;
+    unsigned users; /* guarded by the monitor's lock */
     struct device device;
     uint32_t silence_ms;
     uint32_t n_controls;
@@ -42,6 +42,7 @@ struct listener {
     pthread_t thread;
     atomic_bool receiving; /* the thread is where a signal may interrupt it */
     struct slot *slot;
+    struct config *config;       /* NULL before its first call */
     struct seccomp_notif *notif; /* in the slot */
     size_t notif_size;
     struct seccomp_notif_resp *response;
@@ -77,11 +78,22 @@ struct monitor {
     int successor;        /* a monitor that takes our place; -1 where there is none */
     struct listener *listeners;
     uint32_t last_id;
-    unsigned arriving; /* connections on the agent socket that are being read */
+    unsigned arriving;   /* connections on the agent socket that are being read */
+    uint64_t said_until; /* how far ahead of CLOCK_MONOTONIC, ns, the lines about refused peers are */
+    unsigned left_out;   /* such lines since the last that was said */
 };
 
 /* Say HELLO to who connected. */
 int monitor_greet(const struct monitor *monitor, int newcomer);
+
+/* Put a configuration, which the monitor owns from now on, or NULL, into the place of the one before. */
+void config_publish(struct monitor *monitor, struct config *config);
+
+/* The newest configuration, which stays for as long as the listener's thread does not ask again. */
+const struct config *config_of(struct listener *listener);
+
+/* One user less; the lock of its monitor is held. */
+void config_release(struct config *config);
 
 /* The main thread's life. */
 void monitor_serve(struct monitor *monitor, struct packet *packet);

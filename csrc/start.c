@@ -270,7 +270,7 @@ static int set_up(struct monitor *monitor, const struct options *options)
     raise_fd_limit();
     monitor->signals = prepare_signals();
     monitor->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    monitor->config = calloc(1, sizeof(struct config)); /* no controls: continue */
+    config_publish(monitor, calloc(1, sizeof(struct config))); /* no controls: continue */
     if (init_told(&monitor->told) || !monitor->config || monitor->wake < 0 || monitor->signals < 0 || uname(&running)) {
         complain("cannot start: out of memory or files");
         return -ENOMEM;
@@ -294,10 +294,13 @@ int main(int argc, char **argv)
     if (!parse(argc, argv, &options))
         return usage();
     monitor.is_kept = options.agent_fd && keeper_is_there();
-    if (!packet || set_up(&monitor, &options))
+    if (!packet || set_up(&monitor, &options)) {
+        config_publish(&monitor, NULL);
         return 1;
+    }
     say_ready(&monitor);
     monitor_serve(&monitor, packet);
+    config_publish(&monitor, NULL);
     if (monitor.agent >= 0 && monitor.successor < 0 && !monitor.is_kept) {
         remove_socket(monitor.agent);
         remove_socket(monitor.control);

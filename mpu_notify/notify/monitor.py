@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -201,6 +202,10 @@ class Monitor:
         except OSError as error:
             connection.close()
             raise MonitorError(f"cannot connect to the monitor at {control}: {error.strerror}") from error
+        whose = _listening_user(connection)
+        if whose not in (0, os.geteuid()):
+            connection.close()
+            raise MonitorError(f"the monitor at {control} is of user {whose}, neither root's nor our own")
         return _configured(cls(connection, silence_ms), protocol.configure(device, controls, silence_ms))
 
     def configure(self, packet: bytes) -> None:
@@ -332,6 +337,13 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _listening_user(connection: socket.socket) -> int:
+    """The user who made the socket that we are connected to (unix(7), SO_PEERCRED)."""
+    form = "iII"  # struct ucred
+    uid: int = struct.unpack(form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form)))[1]
+    return uid
 
 
 def _pidfd(pid: int) -> int:

@@ -45,22 +45,10 @@ static void check_config(const struct config *config)
     }
 }
 
-static void free_configs(struct config *config)
-{
-    while (config) {
-        struct config *older = config->older;
-
-        check_config(config);
-        free(config);
-        config = older;
-    }
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct monitor monitor = {.lock = PTHREAD_MUTEX_INITIALIZER,
                               .told = PTHREAD_COND_INITIALIZER,
-                              .config = calloc(1, sizeof(struct config)),
                               .supervisor = -1,
                               .newcomer = -1,
                               .predecessor = -1,
@@ -72,6 +60,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct input input = {data, size};
     int fds = open_fds(), ends[2];
 
+    config_publish(&monitor, calloc(1, sizeof(struct config)));
     EXPECT(packet && monitor.config && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
     EXPECT(monitor_greet(&monitor, ends[0]) == 0);
     *(take_number(&input, 1) & 1 ? &monitor.newcomer : &monitor.supervisor) = ends[0];
@@ -81,6 +70,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             serve_newcomer(&monitor, packet);
         else
             serve_supervisor(&monitor, packet);
+        check_config(monitor.config);
     }
     drop_newcomer(&monitor);
     EXPECT(monitor.yielding == (monitor.successor >= 0));
@@ -89,7 +79,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (monitor.supervisor >= 0)
         lose_supervisor(&monitor);
     close(ends[1]);
-    free_configs(monitor.config);
+    config_publish(&monitor, NULL);
     EXPECT(open_fds() == fds);
     return 0;
 }

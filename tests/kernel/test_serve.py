@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mpu_notify.notify import protocol
+from tests import installation
 
 from .conftest import StartStandIn
 from .harness import SECONDS, Caller, caller_host_pid, eventually, stop_and_wait_for, under_filter
@@ -68,15 +69,21 @@ class Daemon:
 
     def find_monitor(self) -> int:
         """The process that serves the control socket now."""
+        with self.greeted() as monitor:
+            return monitor
+
+    @contextlib.contextmanager
+    def greeted(self) -> Iterator[int]:
+        """Be connected to the control socket, and say no more; the process that serves it now."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
             control.connect(str(self.control))
             control.settimeout(SECONDS)
             packet, fds, _, _ = socket.recv_fds(control, 100, 2)
-        for fd in fds:
-            os.close(fd)
-        hello = protocol.decode(packet)
-        assert isinstance(hello, protocol.Hello)
-        return hello.pid
+            for fd in fds:
+                os.close(fd)
+            hello = protocol.decode(packet)
+            assert isinstance(hello, protocol.Hello)
+            yield hello.pid
 
     def program_of(self, pid: int) -> Path:
         return Path(f"/proc/{pid}/exe").readlink()
@@ -304,19 +311,86 @@ def test_whoever_only_looks_whether_it_is_there_is_not_complained_of(daemon: Dae
 
 _CONNECT = """
 import contextlib, socket, sys
-s = socket.socket(socket.AF_UNIX)
-s.connect(sys.argv[1])
-with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-    s.sendall(b"{}")
-    s.shutdown(socket.SHUT_WR)
-    s.recv(1)
+for _ in range(int(sys.argv[2])):
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET if sys.argv[1].endswith("control") else socket.SOCK_STREAM)
+    s.connect(sys.argv[1])
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        s.sendall(b"{}")
+        s.shutdown(socket.SHUT_WR)
+        assert not s.recv(1), "it is greeted"
 """
+
+IN_ANOTHER_NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc")
+AS_ANOTHER_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+def connect_as(stranger: tuple[str, ...], to: Path, times: int = 1) -> None:
+    """Connect as somebody else, who reaches the socket, and see that nothing is said to them."""
+    for directory in (to, *to.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o007)
+    command = [*stranger, installation.PYTHON, "-c", _CONNECT, to, str(times)]
+    subprocess.run(command, check=True, timeout=SECONDS, cwd="/")
+
+
+def test_a_stranger_does_not_become_the_supervisor(daemon: Daemon, caller: Caller) -> None:
+    daemon.attach(caller)
+    up(caller)
+    eventually(lambda: ask(caller) == "pids= 1", "the caller is translated")
+    for number, stranger in enumerate((IN_ANOTHER_NAMESPACE, AS_ANOTHER_USER)):
+        connect_as(stranger, daemon.control)
+        refused = number + 1
+        said = "on the control socket: it is neither root nor our user in our PID namespace"
+        eventually(lambda refused=refused: daemon.log.read_text().count(said) == refused, "the refusal is logged")
+    assert ask(caller) == "pids= 1"
+
+
+def test_strangers_cannot_flood_the_log(daemon: Daemon) -> None:
+    for to in (daemon.socket, daemon.control):
+        connect_as(AS_ANOTHER_USER, to, times=100)
+    assert 0 < daemon.log.read_text().count("refused process") < 100
+
+    def says_how_many() -> bool:
+        connect_as(AS_ANOTHER_USER, daemon.control)
+        return re.search(r"refused \d+ more processes", daemon.log.read_text()) is not None
+
+    eventually(says_how_many, "those that were left out are counted")
+
+
+_LISTEN = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+s.bind(sys.argv[1])
+s.listen()
+print("listens", flush=True)
+s.accept()[0].recv(1)
+"""
+
+
+def test_a_monitor_of_another_user_is_not_spoken_to_nor_replaced(tmp_path: Path) -> None:
+    control = tmp_path / "agent.control"
+    for directory in tmp_path.parents:
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o001)
+    tmp_path.chmod(0o777)
+    command = [*AS_ANOTHER_USER, installation.PYTHON, "-c", _LISTEN, control]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "listens\n"
+            serve = ["mpu-notify", "serve", "--listen", tmp_path / "agent.sock", "--device", "/dev/null"]
+            done = subprocess.run(serve, capture_output=True, text=True, check=False, timeout=SECONDS)
+            assert done.returncode == 1
+            assert "agent.control is of user 65534" in done.stderr
+            assert control.exists()
+            assert not (tmp_path / "agent.sock").exists()
+        finally:
+            other.kill()
 
 
 def test_a_process_in_another_pid_namespace_does_not_get_in(daemon: Daemon) -> None:
     """As a container's root with the socket mounted is."""
-    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", _CONNECT, str(daemon.socket)]
-    subprocess.run(command, check=True, timeout=SECONDS)
+    connect_as(IN_ANOTHER_NAMESPACE, daemon.socket)
     eventually(lambda: daemon.says("neither root nor our user in our PID namespace"), "the refusal is logged")
 
 
@@ -351,20 +425,7 @@ def test_a_process_in_another_pid_namespace_that_exits_at_once_does_not_get_in_e
 
 
 def test_another_user_does_not_get_in_even_where_the_socket_is_open_to_all(daemon: Daemon) -> None:
-    for directory in (daemon.socket, *daemon.socket.parents):
-        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
-            directory.chmod(directory.stat().st_mode | 0o007)
-    command = [
-        "setpriv",
-        "--reuid=65534",
-        "--regid=65534",
-        "--clear-groups",
-        "python3",
-        "-c",
-        _CONNECT,
-        str(daemon.socket),
-    ]
-    subprocess.run(command, check=True, timeout=SECONDS, env={**os.environ, "PATH": "/usr/bin:/bin"})
+    connect_as(AS_ANOTHER_USER, daemon.socket)
     eventually(lambda: daemon.says("refused process") and daemon.says("of user 65534"), "the refusal is logged")
 
 

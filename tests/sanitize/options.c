@@ -3,26 +3,12 @@
 #define OPTIONS "log_path=" REPORTS "/report:"
 
 const char *__asan_default_options(void);
-const char *__lsan_default_options(void);
-const char *__lsan_default_suppressions(void);
 const char *__ubsan_default_options(void);
 const char *__tsan_default_options(void);
 
 const char *__asan_default_options(void)
 {
     return OPTIONS "detect_stack_use_after_return=1:strict_string_checks=1";
-}
-
-const char *__lsan_default_options(void)
-{
-    return "print_suppressions=0";
-}
-
-/* The monitor keeps every configuration for threads that may be reading it, and main's frame with them is left. */
-const char *__lsan_default_suppressions(void)
-{
-    return "leak:^configure$\n"
-           "leak:^set_up$\n";
 }
 
 const char *__ubsan_default_options(void)
