@@ -141,10 +141,11 @@ def test_a_container_that_starts_while_there_is_no_monitor_waits_and_attaches(
 
 
 def test_a_replaced_monitor_leaves_nothing_behind(daemon: Daemon, caller: Caller) -> None:
-    def fds() -> tuple[int, int]:
-        supervisor, monitor = daemon.process.pid, daemon.find_monitor()
-        return tuple(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (supervisor, monitor))  # type: ignore[return-value]
+    def fds() -> list[int]:
+        with daemon.greeted() as monitor:  # so that it always has this one more
+            return [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (daemon.process.pid, monitor)]
 
+    eventually(lambda: daemon.log.read_text().count("outcome=translated") == 1, "the first call is over for all")
     before = fds()
     for _ in range(5):
         kill_and_wait_for(daemon.find_monitor())
