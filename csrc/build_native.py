@@ -21,6 +21,7 @@ CALLS = """
 #define MS_NOEXEC ...
 #define SECCOMP_FILTER_FLAG_SPEC_ALLOW ...
 #define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV ...
+#define MPU_IS_SANITIZED ...
 
 int mpu_install_filter(const void *program, unsigned short instructions, unsigned long flags);
 int mpu_filter_flags_known(unsigned long flags);
@@ -41,7 +42,8 @@ def declarations(header: Path) -> str:
 
 
 # For the tests (tests/sanitize). AddressSanitizer would have to be in Python itself, and in all that Python starts.
-SANITIZE = ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if os.environ.get("MPU_NOTIFY_SANITIZE") else []
+IS_SANITIZED = bool(os.environ.get("MPU_NOTIFY_SANITIZE"))
+SANITIZE = ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if IS_SANITIZED else []
 
 ffibuilder = cffi.FFI()
 ffibuilder.cdef(declarations(HERE / "protocol.h") + CALLS)
@@ -49,6 +51,7 @@ ffibuilder.set_source(
     "mpu_notify.notify._native",
     '#include <signal.h>\n#include "native.h"\n#include "protocol.h"\n',
     include_dirs=[str(HERE)],
+    define_macros=[("MPU_IS_SANITIZED", str(int(IS_SANITIZED)))],
     extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter", *SANITIZE],
     extra_link_args=SANITIZE,
     depends=[str(header) for header in HERE.glob("*.h")],

@@ -341,8 +341,8 @@ class Monitor:
 
 def _listening_user(connection: socket.socket) -> int:
     """The user who made the socket that we are connected to (unix(7), SO_PEERCRED)."""
-    form = "iII"  # struct ucred
-    uid: int = struct.unpack(form, connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(form)))[1]
+    ucred = struct.Struct("iII")
+    uid: int = ucred.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, ucred.size))[1]
     return uid
 
 

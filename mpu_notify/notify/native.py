@@ -17,6 +17,9 @@ MS_NOEXEC: int = lib.MS_NOEXEC
 SPEC_ALLOW: int = lib.SECCOMP_FILTER_FLAG_SPEC_ALLOW
 WAIT_KILLABLE_RECV: int = lib.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 
+#: Whether the C programs were built with a sanitizer, whose runtime makes calls of its own.
+IS_SANITIZED = bool(lib.MPU_IS_SANITIZED)
+
 INSTRUCTION_BYTES = 8  # struct sock_filter, linux/filter.h
 
 
