@@ -524,13 +524,31 @@ static void case_on_demand(struct gpu *gpu, struct place *place)
 
     printf("up\n");
     fflush(stdout);
-    while (read(0, &byte, 1) == 1) {
+    for (;;) {
+        ssize_t got = read(0, &byte, 1);
+
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got != 1)
+            break;
         if (byte == 'i')
             case_own_info(gpu, place);
         else
             case_plain(gpu, place);
         fflush(stdout);
     }
+}
+
+/* As on_demand, but it holds 1 MiB of GPU memory, so that GET_PID_INFO of itself tells it from others, and it catches a
+ * signal that interrupts what waits. */
+static void case_holder(struct gpu *gpu, struct place *place)
+{
+    const struct sigaction action = {.sa_handler = on_alarm};
+    uint64_t params[16] = {[8] = 1 << 20};
+
+    sigaction(SIGUSR1, &action, NULL);
+    rm_alloc(gpu->control, gpu->client, gpu->device, 0xA0000003, 0x40, params);
+    case_on_demand(gpu, place);
 }
 
 /* As on_demand, but the control node's fd is closed by another thread as soon as the byte is in. */
@@ -725,6 +743,25 @@ static void case_encoders_protected_while_pending(struct gpu *gpu, struct place 
     pthread_join(thread, NULL);
 }
 
+/* As many calls as are said, lists and infos in turn; how many of each had ourselves and nobody else in them. */
+static void case_many(struct gpu *gpu, struct place *place)
+{
+    unsigned lists = 0, infos = 0;
+
+    for (unsigned long left = strtoul(arguments[0], NULL, 10); left; left--) {
+        if (left % 2) {
+            ask_pids(gpu, place);
+            lists += ioctl(gpu->control, RM_CONTROL, &place->call) == 0 && place->call.status == 0 &&
+                     get32(place->params + 8) == 1 && get32(place->params + 12) == (uint32_t)getpid();
+        } else {
+            ask_info(gpu, place, 1, (uint32_t)getpid());
+            infos += ioctl(gpu->control, RM_CONTROL, &place->call) == 0 && place->call.status == 0 &&
+                     get32(place->params + 8) == (uint32_t)getpid() && get32(place->params + 16) == 0;
+        }
+    }
+    printf("lists=%u infos=%u\n", lists, infos);
+}
+
 struct named_case {
     const char *name;
     void (*run)(struct gpu *gpu, struct place *place);
@@ -781,6 +818,8 @@ static const struct named_case CASES[] = {
     CASE(signals),
     CASE(exec),
     CASE(on_demand),
+    CASE(holder),
+    CASE(many),
     CASE(closed_while_pending),
     CASE(protected_while_pending),
     CASE(replaced_while_pending),

@@ -207,10 +207,11 @@ def stop_and_wait_for(pid: int) -> None:
     """SIGSTOP a process, and wait until none of its threads runs."""
     os.kill(pid, signal.SIGSTOP)
     tasks = Path(f"/proc/{pid}/task")
-    eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), f"process {pid} is stopped")
+    eventually(lambda: all(state_of(task) in "Tt" for task in tasks.iterdir()), f"process {pid} is stopped")
 
 
-def _state(task: Path) -> str:
+def state_of(task: Path) -> str:
+    """Of a task in /proc: its letter."""
     return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -237,6 +238,6 @@ def kill_and_wait_for(pid: int) -> None:
 
 def _is_dead(pid: int) -> bool:
     try:
-        return _state(Path(f"/proc/{pid}")) in "ZX"
+        return state_of(Path(f"/proc/{pid}")) in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True

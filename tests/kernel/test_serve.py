@@ -29,17 +29,19 @@ READY = re.compile(r"READY socket=(\S+) monitor=(\d+) supervisor=(\d+)")
 class Daemon:
     """`mpu-notify serve` on a socket of a test's own."""
 
-    def __init__(self, directory: Path, node: Path) -> None:
+    def __init__(self, directory: Path, node: Path, *options: str | Path) -> None:
         self.socket = directory / "agent.sock"
         self.control = directory / "agent.control"
         self.driver = 0
         self.log = directory / "log"
         self.node = node
+        self.options = options
         self.start()
 
     def start(self, **environment: str) -> None:
         """Start it, or start it again beside its monitor."""
         command = ["mpu-notify", "serve", "--listen", self.socket, "--device", self.node, "--log-level", "debug"]
+        command += self.options
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment}

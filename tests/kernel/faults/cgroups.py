@@ -1,0 +1,99 @@
+"""Processes that are frozen, or get next to no processor, by control groups of either version."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ..harness import eventually
+
+#: Of a processor, both together: 1 ms of each 10 ms.
+_QUOTA_US, _PERIOD_US = 1000, 10_000
+
+
+def _mounts() -> Iterator[tuple[str, Path, list[str]]]:
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, options, *_ = line.split()
+        if kind in ("cgroup", "cgroup2"):
+            yield kind, Path(place), options.split(",")
+
+
+@contextmanager
+def _moved(pid: int, parent: Path, settings: dict[str, str]) -> Iterator[Path]:
+    """A process in a new group of its own, and afterwards back where it was."""
+    group = parent / f"mpu-notify-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        for name, value in settings.items():
+            (group / name).write_text(value)
+        (group / "cgroup.procs").write_text(str(pid))
+        yield group
+    finally:
+        if Path(f"/proc/{pid}").exists():
+            (parent / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+@contextmanager
+def starved(pid: int) -> Iterator[None]:
+    """Have a process share next to nothing of a processor with one that takes all it can."""
+    for kind, place, options in _mounts():
+        if kind == "cgroup" and "cpu" in options:
+            settings = {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": str(_QUOTA_US)}
+        elif kind == "cgroup2" and "cpu" in (place / "cgroup.subtree_control").read_text().split():
+            settings = {"cpu.max": f"{_QUOTA_US} {_PERIOD_US}"}
+        else:
+            continue
+        with _moved(pid, place, settings) as group, _hog(group):
+            yield
+        return
+    pytest.skip("no cgroup file system with a cpu controller is mounted")
+
+
+@contextmanager
+def _hog(group: Path) -> Iterator[None]:
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as hog:
+        try:
+            (group / "cgroup.procs").write_text(str(hog.pid))
+            eventually(lambda: "nr_throttled 0" not in (group / "cpu.stat").read_text(), "the group is throttled")
+            yield
+        finally:
+            hog.kill()
+
+
+class _Freezer(NamedTuple):
+    file: str
+    freeze: str
+    thaw: str
+    state: str
+    frozen: str
+
+
+_FREEZERS = {
+    "cgroup": _Freezer("freezer.state", "FROZEN", "THAWED", "freezer.state", "FROZEN"),
+    "cgroup2": _Freezer("cgroup.freeze", "1", "0", "cgroup.events", "frozen 1"),
+}
+
+
+@contextmanager
+def frozen(pid: int, kind: str) -> Iterator[None]:
+    """Freeze a process by the groups of a version; when this is left it is frozen, at the latest after its call."""
+    freezer = _FREEZERS[kind]
+    for each, place, options in _mounts():
+        if each != kind or (kind == "cgroup" and "freezer" not in options):
+            continue
+        with _moved(pid, place, {}) as group:
+            (group / freezer.file).write_text(freezer.freeze)
+            try:
+                yield
+                eventually(lambda: freezer.frozen in (group / freezer.state).read_text(), "it is frozen")
+            finally:
+                (group / freezer.file).write_text(freezer.thaw)
+        return
+    pytest.skip(f"no {kind} file system that can freeze is mounted")
