@@ -5,6 +5,7 @@
 #include "peer.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@
 
 #define TAKE_OVER_MS 10000 /* for the other monitor to answer */
 #define HAND_OVER_MS 1000  /* for the other monitor to make room for a packet */
+#define GIVE_BACK_MS 100   /* for the other monitor to answer; it is asked again */
 
 static int connect_to(const char *path)
 {
@@ -56,7 +58,7 @@ static int receive_hello(int socket, struct packet *packet, uint64_t deadline)
 
 int take_over(struct monitor *monitor, const char *control)
 {
-    struct mpu_take_over ask = {.header = {.type = MPU_TAKE_OVER}, .pid = (uint32_t)getpid()};
+    struct mpu_take_over ask = {.header = {.type = MPU_TAKE_OVER}};
     const struct parcel parcel = {.head = &ask.header, .head_size = sizeof(ask)};
     uint64_t deadline = now_ns(CLOCK_MONOTONIC) + TAKE_OVER_MS * NS_PER_MS;
     AUTO_FREE struct packet *packet = malloc(sizeof(*packet));
@@ -73,6 +75,43 @@ int take_over(struct monitor *monitor, const char *control)
     monitor->predecessor = other;
     other = -1;
     return 0;
+}
+
+int claim(struct monitor *monitor)
+{
+    /* A lock of the process, not of the open file: others have the same one, and keep it when we die. */
+    struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+    if (fcntl(monitor->control, F_SETLK, &whole))
+        return -errno;
+    monitor->is_sole = true;
+    return 0;
+}
+
+int connect_to_sole(const struct monitor *monitor)
+{
+    struct mpu_give_back give = {.header = {.type = MPU_GIVE_BACK}};
+    const struct parcel parcel = {.head = &give.header, .head_size = sizeof(give)};
+    uint64_t deadline = now_ns(CLOCK_MONOTONIC) + GIVE_BACK_MS * NS_PER_MS;
+    AUTO_FREE struct packet *packet = malloc(sizeof(*packet));
+    struct sockaddr_un address = {0};
+    socklen_t size = sizeof(address) - 1;
+    AUTO_CLOSE other = -1;
+    int error, result;
+
+    if (!packet || getsockname(monitor->control, (struct sockaddr *)&address, &size))
+        return -ENOMEM;
+    other = connect_to(address.sun_path);
+    error = other < 0 ? other : receive_hello(other, packet, deadline);
+    if (error)
+        return error;
+    packet_close(packet);
+    error = packet_send(other, &parcel, deadline);
+    if (error)
+        return error;
+    result = other;
+    other = -1;
+    return result;
 }
 
 int adopt(struct monitor *monitor, struct packet *packet)

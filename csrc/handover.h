@@ -13,6 +13,15 @@ int take_over(struct monitor *monitor, const char *control);
 /* Serve a listener that an ADOPT brought. One that is there already is left as it is. */
 int adopt(struct monitor *monitor, struct packet *packet);
 
+/*
+ * Get the lock of the sockets, which goes with the process: 0, or an error where another monitor has it, which may be
+ * one whose place we took, until it has ended.
+ */
+int claim(struct monitor *monitor);
+
+/* Connect to the monitor that has the lock, to give listeners back to it: the socket, or an error. */
+int connect_to_sole(const struct monitor *monitor);
+
 /* Begin to let the listeners go, to the monitor at the other end of the socket, which is ours from now on. */
 void hand_over(struct monitor *monitor, int successor);
 

@@ -200,6 +200,7 @@ static void lose_supervisor(struct monitor *monitor)
 
     close(monitor->supervisor);
     monitor->supervisor = -1;
+    monitor->supervisor_pid = 0;
     monitor->configured = false;
     monitor->has_supervisor = false;
     pthread_cond_broadcast(&monitor->told);
@@ -213,7 +214,10 @@ static void lose_supervisor(struct monitor *monitor)
 
 int monitor_greet(const struct monitor *monitor, int newcomer)
 {
-    struct mpu_hello hello = {.header = {.type = MPU_HELLO}, .pid = (uint32_t)getpid(), .is_kept = monitor->is_kept};
+    struct mpu_hello hello = {.header = {.type = MPU_HELLO},
+                              .pid = (uint32_t)getpid(),
+                              .is_kept = monitor->is_kept,
+                              .supervisor = monitor->supervisor_pid};
     const int sockets[] = {monitor->agent, monitor->control};
     struct parcel parcel = {.head = &hello.header, .head_size = sizeof(hello), .fds = sockets};
 
@@ -243,6 +247,7 @@ static void accept_newcomer(struct monitor *monitor)
     }
     drop_newcomer(monitor);
     monitor->newcomer = newcomer;
+    monitor->newcomer_pid = (uint32_t)peer.pid;
     if (monitor_greet(monitor, newcomer))
         drop_newcomer(monitor);
 }
@@ -257,6 +262,7 @@ static void replace_supervisor(struct monitor *monitor, int supervisor)
         lose_supervisor(monitor);
     }
     monitor->supervisor = supervisor;
+    monitor->supervisor_pid = monitor->newcomer_pid;
     monitor->leaving = false;
 }
 
@@ -267,9 +273,9 @@ static void complain_of_nonsense(const char *whose, const struct packet *packet,
 }
 
 /* Another monitor takes our place; the supervisor goes to that one. */
-static void make_room(struct monitor *monitor, int successor, uint32_t pid)
+static void make_room(struct monitor *monitor, int successor)
 {
-    struct mpu_moved moved = {.header = {.type = MPU_MOVED}, .pid = pid};
+    struct mpu_moved moved = {.header = {.type = MPU_MOVED}};
 
     if (monitor->supervisor >= 0) {
         say(monitor, &moved.header, sizeof(moved), NULL, 0);
@@ -285,9 +291,16 @@ static void serve_newcomer(struct monitor *monitor, struct packet *packet)
 
     if (error == -EAGAIN)
         return;
-    if (!error && packet_is_stable(packet, MPU_TAKE_OVER, sizeof(packet->take_over))) {
+    if (!error && packet_is_stable(packet, MPU_TAKE_OVER, sizeof(struct mpu_take_over))) {
         monitor->newcomer = -1;
-        make_room(monitor, newcomer, packet->take_over.pid);
+        make_room(monitor, newcomer);
+    } else if (!error && packet_is_stable(packet, MPU_GIVE_BACK, sizeof(struct mpu_give_back))) {
+        if (monitor->predecessor < 0) {
+            monitor->newcomer = -1;
+            monitor->predecessor = newcomer;
+        } else {
+            drop_newcomer(monitor); /* it comes again */
+        }
     } else if (!error && !packet->truncated && packet_is_sound(&packet->header, packet->size) &&
                packet->header.type == MPU_CONFIGURE) {
         monitor->newcomer = -1;
@@ -348,6 +361,26 @@ static void serve_predecessor(struct monitor *monitor, struct packet *packet)
     monitor->predecessor = -1;
 }
 
+/*
+ * One whose place we took may live on without us, having given us up while we were stopped: then it has the lock, and
+ * gets what we have. We have it where that one has ended.
+ */
+static void settle(struct monitor *monitor)
+{
+    int other;
+
+    if (claim(monitor) == 0)
+        return;
+    other = connect_to_sole(monitor);
+    if (other >= 0)
+        make_room(monitor, other);
+}
+
+static bool is_settled(const struct monitor *monitor)
+{
+    return monitor->is_sole || monitor->predecessor >= 0 || monitor->successor >= 0;
+}
+
 static bool may_end(struct monitor *monitor)
 {
     LOCKED(&monitor->lock);
@@ -379,7 +412,7 @@ void monitor_serve(struct monitor *monitor, struct packet *packet)
 
     while (!may_end(monitor) && now_ns(CLOCK_MONOTONIC) < end_by) {
         bool news = monitor->supervisor >= 0 && monitor->configured && announce_all(monitor) == -ETIMEDOUT;
-        bool accepts = monitor->successor < 0;
+        bool accepts = monitor->successor < 0 && is_settled(monitor);
         struct pollfd polled[] = {
             {.fd = monitor->supervisor, .events = (short)(POLLIN | (news ? POLLOUT : 0))},
             {.fd = accepts ? monitor->control : -1, .events = POLLIN},
@@ -394,7 +427,8 @@ void monitor_serve(struct monitor *monitor, struct packet *packet)
 
         if (monitor->yielding)
             hurry(monitor);
-        if (poll(polled, sizeof(polled) / sizeof(polled[0]), monitor->yielding ? HURRY_MS : -1) < 0)
+        if (poll(polled, sizeof(polled) / sizeof(polled[0]),
+                 monitor->yielding || !is_settled(monitor) ? HURRY_MS : -1) < 0)
             continue;
         if (polled[3].revents && read(monitor->wake, &count, sizeof(count)) < 0)
             continue;
@@ -412,5 +446,7 @@ void monitor_serve(struct monitor *monitor, struct packet *packet)
             serve_newcomer(monitor, packet);
         if (polled[1].revents)
             accept_newcomer(monitor);
+        if (!is_settled(monitor))
+            settle(monitor);
     }
 }

@@ -65,8 +65,11 @@ struct monitor {
     int predecessor; /* a monitor whose place we take */
     int control;     /* where supervisors and successors connect */
     int agent;       /* where runtimes connect: the OCI seccomp agent's socket */
+    uint32_t supervisor_pid;
+    uint32_t newcomer_pid;
     bool configured; /* the supervisor that is there has said what it wants */
     bool leaving;
+    bool is_sole; /* no other monitor serves the sockets: it has their lock, or they are nobody else's */
     bool is_kept; /* by a service manager, which starts us again with what it keeps for us */
 
     int wake;    /* an eventfd: there is news for the main thread */

@@ -32,7 +32,6 @@ struct packet {
     union {
         struct mpu_header header;
         struct mpu_hello hello;
-        struct mpu_take_over take_over;
         struct mpu_configure configure;
         uint8_t bytes[sizeof(struct mpu_configure) + MPU_MAX_CONTROLS * sizeof(struct mpu_control)];
     };

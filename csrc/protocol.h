@@ -47,7 +47,15 @@
  *                                         <--   TAKE_OVER
  *   ADOPT + listener, state, slot         -->                              of each, between two of its calls
  *
- * HELLO, TAKE_OVER and ADOPT are the same in every version, so that each version can take another's place.
+ * The old one holds the lock of the sockets until it has ended. A new one that it gave up meanwhile, because it had
+ * been stopped, finds the lock held when it wakes up, and gives back what it has got, and what came since:
+ *
+ *   monitor with the lock                       monitor without
+ *   HELLO + agent, control                -->
+ *                                         <--   GIVE_BACK
+ *                                         <--   ADOPT + listener, state, slot
+ *
+ * HELLO, TAKE_OVER, GIVE_BACK and ADOPT are the same in every version, so that each version can take another's place.
  *
  * This header is also what cffi reads for the Python side: only integers, structs, enums and plain defines.
  */
@@ -56,7 +64,7 @@
 
 #include <stdint.h>
 
-#define MPU_PROTOCOL_VERSION 2
+#define MPU_PROTOCOL_VERSION 3
 #define MPU_MAX_PARAMS 65536 /* bytes of params in a packet; the largest control known has 55888 */
 #define MPU_MAX_PERFORMED 8  /* more controls in one call; a full list of processes needs 6 */
 #define MPU_MAX_CONTROLS 256
@@ -78,6 +86,7 @@ enum mpu_type {
     MPU_TAKE_OVER = 13,
     MPU_REPLACED = 14,
     MPU_MOVED = 15,
+    MPU_GIVE_BACK = 16,
     MPU_PERFORMED = 20,
 };
 
@@ -117,7 +126,9 @@ struct mpu_header {
 struct mpu_hello {
     struct mpu_header header;
     uint32_t pid;
-    uint32_t is_kept; /* 1: a service manager starts it again, nobody else need */
+    uint32_t is_kept;    /* 1: a service manager starts it again, nobody else need */
+    uint32_t supervisor; /* pid of the one that is there, 0 where there is none */
+    uint32_t reserved;
 };
 
 struct mpu_control {
@@ -168,14 +179,14 @@ struct mpu_adopt {
 
 struct mpu_take_over {
     struct mpu_header header;
-    uint32_t pid; /* of the new monitor */
-    uint32_t reserved;
+};
+
+struct mpu_give_back {
+    struct mpu_header header;
 };
 
 struct mpu_moved {
     struct mpu_header header;
-    uint32_t pid; /* of the monitor that has taken the place of this one */
-    uint32_t reserved;
 };
 
 struct mpu_replaced {

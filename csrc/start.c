@@ -120,7 +120,16 @@ static bool parse(int argc, char **argv, struct options *options)
     return is_sensible(options);
 }
 
-/* A socket at a path that only our user may connect to. A file that is there already is replaced. */
+/* Whether somebody listens there: a path that a monitor has left behind is free. */
+static bool is_served(const struct sockaddr_un *address, int type)
+{
+    AUTO_CLOSE fd = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+    return connect(fd, (const struct sockaddr *)address, sizeof(*address)) == 0 ||
+           (errno != ENOENT && errno != ECONNREFUSED);
+}
+
+/* A socket at a path that only our user may connect to. A file that is there, and serves nobody, is replaced. */
 static int listen_at(const char *path, int type)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -131,6 +140,9 @@ static int listen_at(const char *path, int type)
     error = fd < 0 ? -errno : strlen(path) >= sizeof(address.sun_path) ? -ENAMETOOLONG : 0;
     if (!error) {
         strcpy(address.sun_path, path);
+        error = is_served(&address, type) ? -EADDRINUSE : 0;
+    }
+    if (!error) {
         unlink(path);
         error = bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, BACKLOG) ? -errno : 0;
     }
@@ -150,7 +162,7 @@ static int listen_at_both(struct monitor *monitor, const struct options *options
     if (monitor->control < 0)
         return monitor->control;
     monitor->agent = listen_at(options->listen, SOCK_STREAM);
-    return monitor->agent < 0 ? monitor->agent : 0;
+    return monitor->agent < 0 ? monitor->agent : claim(monitor);
 }
 
 /* A successor of ours, or a program that we start, must not have them by accident; nor must accept ever wait. */
@@ -168,6 +180,7 @@ static int open_sockets(struct monitor *monitor, const struct options *options)
     int error;
 
     if (options->supervisor) {
+        monitor->is_sole = true;
         monitor->supervisor = parse_socket(options->supervisor, SOCK_SEQPACKET);
         return monitor_greet(monitor, monitor->supervisor);
     }
@@ -183,6 +196,11 @@ static int open_sockets(struct monitor *monitor, const struct options *options)
         return -EINVAL;
     monitor->agent = inherit(options->agent_fd, SOCK_STREAM);
     monitor->control = inherit(options->control_fd, SOCK_SEQPACKET);
+    error = claim(monitor);
+    if (error) {
+        complain("another monitor serves these sockets: %s", strerror(-error));
+        return error;
+    }
     return keeper_restore(monitor);
 }
 
@@ -301,7 +319,7 @@ int main(int argc, char **argv)
     say_ready(&monitor);
     monitor_serve(&monitor, packet);
     config_publish(&monitor, NULL);
-    if (monitor.agent >= 0 && monitor.successor < 0 && !monitor.is_kept) {
+    if (monitor.agent >= 0 && monitor.is_sole && monitor.successor < 0 && !monitor.is_kept) {
         remove_socket(monitor.agent);
         remove_socket(monitor.control);
     }

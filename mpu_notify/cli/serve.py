@@ -178,23 +178,23 @@ class _Monitors:
 
     def another(self, lost: Monitor) -> Monitor:
         """After one was lost. Its sockets live on in ours, so those who connect meanwhile wait. Raises MonitorError."""
-        if self._may_start and lost.sockets is not None and not lost.is_kept and lost.has_ended():
+        if self._may_start and lost.sockets is not None and lost.may_be_replaced() and not lost.is_in_use():
             start_daemon_on(lost.sockets)
-        return self._found(self._connect())
+        return self._found(self._connect(lost))
 
-    def _connect(self) -> Monitor | None:
+    def _connect(self, lost: Monitor | None = None) -> Monitor | None:
         try:
-            return self._connect_once()
+            return self._connect_once(lost)
         except OtherVersionError as error:
             if error.is_kept or not self._may_start:
                 raise
         replace_daemon(self._control)
-        return self._connect_once()
+        return self._connect_once(lost)
 
-    def _connect_once(self) -> Monitor | None:
+    def _connect_once(self, lost: Monitor | None) -> Monitor | None:
         device = self._watch.finding.identity.node or self._device
         controls = map(monitored, self._watch.treatment.rows)
-        return Monitor.connect(self._control, device, controls, self._silence_ms)
+        return Monitor.connect(self._control, device, controls, self._silence_ms, lost)
 
     def _found(self, monitor: Monitor | None) -> Monitor:
         if monitor is None:

@@ -64,7 +64,8 @@ _ALONE_WHERE = (
     _Where("openat", 2, os.O_ACCMODE | _O_MAKES, os.O_RDONLY),
     _Where("clone", 0, _CLONE_THREAD, _CLONE_THREAD),
     _Where("ioctl", 1, 0xFF00, 0xB700),
-    *(_Where("ioctl", 1, _ANY, terminal) for terminal in (0x5401, 0x5450, 0x5451)),  # TCGETS, FIONCLEX, FIOCLEX
+    # TCGETS, FIONBIO, FIONCLEX, FIOCLEX
+    *(_Where("ioctl", 1, _ANY, each) for each in (0x5401, 0x5421, 0x5450, 0x5451)),
 )
 
 #: To start a monitor, and what it does. Its program is executed, and its sockets are made, under this filter.

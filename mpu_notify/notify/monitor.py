@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import socket
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +26,7 @@ PROGRAM = Path(__file__).parent.parent / "_bin" / "mpu-notify-monitor"
 DEFAULT_SILENCE_MS = 1000
 
 _ANSWER_SECONDS = 10.0
-_ENDING_SECONDS = 1.0
+_LOOK_SECONDS = 0.1  # between two looks whether there is a monitor at all
 _ATTACHED_FDS = 4  # channel, listener, state and slot, protocol.h
 _SERVICE_MANAGERS = frozenset({"NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"})
 _HELLO_FDS = 2  # agent and control, protocol.h
@@ -153,8 +155,6 @@ class Monitor:
         self, connection: socket.socket, silence_ms: int, process: subprocess.Popen[bytes] | None = None
     ) -> None:
         self._socket = connection
-        self._pidfd = -1
-        self._moved = False
         self.silence_ms = silence_ms
         self.process = process
         self.pid = 0
@@ -187,13 +187,20 @@ class Monitor:
 
     @classmethod
     def connect(
-        cls, control: Path, device: protocol.Device, controls: Iterable[protocol.Control], silence_ms: int
+        cls,
+        control: Path,
+        device: protocol.Device,
+        controls: Iterable[protocol.Control],
+        silence_ms: int,
+        lost: Monitor | None = None,
     ) -> Monitor | None:
         """Take over a running monitor by its control socket; None where there is none.
 
-        Raises MonitorError, and OtherVersionError where the monitor must be replaced first.
+        With the one that was lost before, its supervisor is still the one that was there, and not another one that has
+        come since. Raises MonitorError; OtherVersionError where the monitor must be replaced first; ReplacedError.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(_ANSWER_SECONDS)
         try:
             connection.connect(str(control))
         except (FileNotFoundError, ConnectionRefusedError):
@@ -206,11 +213,13 @@ class Monitor:
         if whose not in (0, os.geteuid()):
             connection.close()
             raise MonitorError(f"the monitor at {control} is of user {whose}, neither root's nor our own")
-        return _configured(cls(connection, silence_ms), protocol.configure(device, controls, silence_ms))
+        return _configured(cls(connection, silence_ms), protocol.configure(device, controls, silence_ms), lost)
 
-    def configure(self, packet: bytes) -> None:
+    def configure(self, packet: bytes, lost: Monitor | None = None) -> None:
         """Hear its greeting and send it protocol.configure. Raises MonitorError, ProtocolError, OSError."""
         self._socket.settimeout(_ANSWER_SECONDS)
+        if lost is not None and lost.may_be_replaced():
+            self._await_greeting(lost)
         hello, fds = self._receive(_HELLO_FDS)
         self._socket.settimeout(None)
         if len(fds) == _HELLO_FDS:
@@ -219,9 +228,19 @@ class Monitor:
             raise MonitorError(f"expected its greeting, got {hello}")
         if hello.version != protocol.VERSION:
             raise OtherVersionError(hello)
+        if lost is not None and hello.supervisor not in (0, os.getpid()):
+            raise ReplacedError(f"another supervisor, process {hello.supervisor}, has taken this one's place")
         self.pid, self.is_kept = hello.pid, hello.is_kept
-        self._pidfd = _pidfd(hello.pid)
         self._socket.send(packet)
+
+    def _await_greeting(self, lost: Monitor) -> None:
+        """Who connects to sockets that we ourselves keep open is not refused where there is no monitor."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not select.select([self._socket], [], [], _LOOK_SECONDS)[0]:
+            if not lost.is_in_use():
+                raise MonitorError("it ended before it greeted")
+            if time.monotonic() > deadline:
+                raise MonitorError("it does not greet")
 
     def reconfigure(self, device: protocol.Device, controls: Iterable[protocol.Control]) -> None:
         """Give it another control node and table, for the calls from now on; its patience stays."""
@@ -231,13 +250,17 @@ class Monitor:
         """The socket's fd, for select."""
         return self._socket.fileno()
 
-    def has_ended(self) -> bool:
-        """Whether its process has ended, or the one in its place, now that the connection has.
+    def may_be_replaced(self) -> bool:
+        """Whether it is for us to start another one where it has ended, on its sockets."""
+        return self.sockets is not None and not self.is_kept
 
-        Of a process that is killed the connection ends first: one that was not replaced is waited for.
-        """
-        seconds = 0 if self._moved else _ENDING_SECONDS
-        return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], seconds)[0])
+    def is_in_use(self) -> bool:
+        """Whether a living monitor, it or another, serves its sockets: that one has their lock (csrc/handover.h)."""
+        assert self.sockets is not None  # noqa: S101 - see may_be_replaced
+        lock = struct.Struct("hhqqi4x")  # struct flock
+        asked = lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind: int = lock.unpack(fcntl.fcntl(self.sockets.control, fcntl.F_GETLK, asked))[0]
+        return kind != fcntl.F_UNLCK
 
     def attach(self, fd: int, state: bytes) -> None:
         """Have a listener served; it comes back by `receive`. The fd stays open here. Raises MonitorError."""
@@ -268,7 +291,6 @@ class Monitor:
         """
         message, fds = self._receive(_ATTACHED_FDS)
         if message is None or isinstance(message, protocol.Moved):
-            self._heed(message)
             return None
         if isinstance(message, protocol.Replaced):
             raise ReplacedError("another supervisor has taken this one's place")
@@ -301,14 +323,6 @@ class Monitor:
             except ListenerError:  # noqa: PERF203 - one that could not be served is not ours to bother about any more
                 continue
 
-    def _heed(self, last: protocol.Moved | None) -> None:
-        """From now on its process is the one that has taken its place."""
-        if last is not None:
-            self._moved = True
-            if self._pidfd >= 0:
-                os.close(self._pidfd)
-            self._pidfd = _pidfd(last.pid)
-
     def _receive(self, most_fds: int) -> tuple[protocol.Message | None, list[int]]:
         try:
             packet, fds, _, _ = socket.recv_fds(self._socket, protocol.MAX_PACKET, most_fds)
@@ -324,11 +338,9 @@ class Monitor:
     def close(self) -> None:
         """Let the monitor go: it stays for as long as it has listeners, answering continue."""
         self._socket.close()
-        kept = [self._pidfd, *(self.sockets or ())]
-        self._pidfd, self.sockets = -1, None
-        for fd in kept:
-            if fd >= 0:
-                os.close(fd)
+        for fd in self.sockets or ():
+            os.close(fd)
+        self.sockets = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -346,20 +358,10 @@ def _listening_user(connection: socket.socket) -> int:
     return uid
 
 
-def _pidfd(pid: int) -> int:
-    """-1 where the process is gone, or where we may start none and so need not know (see confinement)."""
+def _configured(monitor: Monitor, packet: bytes, lost: Monitor | None = None) -> Monitor:
     try:
-        return os.pidfd_open(pid)
-    except OSError as error:
-        if error.errno not in (errno.ESRCH, errno.ENOSYS):
-            raise
-        return -1
-
-
-def _configured(monitor: Monitor, packet: bytes) -> Monitor:
-    try:
-        monitor.configure(packet)
-    except OtherVersionError:
+        monitor.configure(packet, lost)
+    except (OtherVersionError, ReplacedError):
         monitor.close()
         raise
     except (MonitorError, protocol.ProtocolError, OSError) as error:

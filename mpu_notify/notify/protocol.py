@@ -75,11 +75,15 @@ class Control(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """The monitor is there; is_kept: a service manager starts it again when it ends. The same in every version."""
+    """The monitor is there; is_kept: a service manager starts it again when it ends. The same in every version.
+
+    `supervisor` is the pid of the one that it has, 0 where it has none.
+    """
 
     version: int
     pid: int
     is_kept: bool
+    supervisor: int
 
 
 class Replaced(NamedTuple):
@@ -87,9 +91,7 @@ class Replaced(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Another monitor, of this pid, has taken the place of this one; nothing follows."""
-
-    pid: int
+    """Another monitor has taken the place of this one; nothing follows."""
 
 
 class Attached(NamedTuple):
@@ -207,7 +209,7 @@ def _ended(packet: bytes) -> Ended:
 
 def _hello(packet: bytes) -> Hello:
     it = _view(packet, "struct mpu_hello")
-    return Hello(it.header.version, it.pid, bool(it.is_kept))
+    return Hello(it.header.version, it.pid, bool(it.is_kept), it.supervisor)
 
 
 def _replaced(packet: bytes) -> Replaced:
@@ -216,7 +218,8 @@ def _replaced(packet: bytes) -> Replaced:
 
 
 def _moved(packet: bytes) -> Moved:
-    return Moved(_view(packet, "struct mpu_moved").pid)
+    _view(packet, "struct mpu_moved")
+    return Moved()
 
 
 def _attached(packet: bytes) -> Attached:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mpu_notify.notify import protocol
-from mpu_notify.notify.monitor import Arrival, Channel, Files, ListenerError, Monitor, MonitorError
+from mpu_notify.notify.monitor import Arrival, Channel, Files, ListenerError, Monitor, MonitorError, ReplacedError
 from mpu_notify.notify.protocol import Begun, Cause, Ended, Outcome, Performed, Request, Step
 from mpu_notify.observe.log import OncePer, event
 from mpu_notify.pidns import PidNamespaceError, PidView, open_view
@@ -209,6 +209,8 @@ class Supervisor:
             self.monitor = another
             for container in self._containers.values():
                 another.adopt(container.files)
+        except ReplacedError:
+            raise
         except MonitorError as error:
             event(log, logging.ERROR, "no other monitor yet", reason=str(error))
             return False

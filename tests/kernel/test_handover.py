@@ -12,13 +12,22 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from mpu_notify.notify import protocol
-from mpu_notify.notify.monitor import PROGRAM, Monitor, identify, replace_daemon, start_daemon
+from mpu_notify.notify.monitor import (
+    PROGRAM,
+    Monitor,
+    MonitorError,
+    ReplacedError,
+    Sockets,
+    identify,
+    replace_daemon,
+    start_daemon,
+)
 from mpu_notify.notify.protocol import Cause, Step
 from mpu_notify.supervisor.service import MONITORED
 
@@ -205,21 +214,20 @@ def test_a_replaced_monitor_that_is_killed_in_a_call_leaves_it_to_the_driver(dae
 
 
 def test_a_successor_that_dies_at_once_is_made_good_for(daemon: Daemon, caller: Caller) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as successor:
         successor.connect(str(daemon.control))
         _, sockets, _, _ = socket.recv_fds(successor, 100, 2)
-        successor.send(struct.pack("=IHHIIII", 24, OTHER_VERSION, TAKE_OVER, 0, 0, dead.pid, 0))
+        successor.send(struct.pack("=IHHII", 16, OTHER_VERSION, TAKE_OVER, 0, 0))
         _, files, _, _ = socket.recv_fds(successor, 100, 3)
         assert (len(sockets), len(files)) == (2, 3)
         for fd in (*sockets, *files):
             os.close(fd)
     assert is_good(ask(caller), caller)
     eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
+    eventually(lambda: len(daemon.monitors()) == 1, "there is the one monitor")
 
 
-TAKE_OVER = 13
+HELLO, TAKE_OVER = 1, 13
 OTHER_VERSION = 99
 
 
@@ -261,6 +269,156 @@ def test_a_second_supervisor_is_left_in_peace_by_the_first_one_when_that_wakes_u
     assert daemon.says("another supervisor has taken this one's place")
     assert ask(caller) == "pids= 1"
     assert daemon.process.poll() is None
+
+
+def test_a_supervisor_that_slept_through_it_all_does_no_harm_when_it_wakes_up(daemon: Daemon, caller: Caller) -> None:
+    """Another supervisor has come, the monitor was killed, and that one has started another."""
+    first = daemon.process
+    stop_and_wait_for(first.pid)
+    daemon.start()
+    kill_and_wait_for(daemon.monitor)
+    eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
+    after = daemon.monitors()
+    assert len(after) == 1
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(SECONDS) == 1
+    assert daemon.monitors() == after
+    assert daemon.process.poll() is None
+    assert ask(caller) == "pids= 1"
+
+
+@contextlib.contextmanager
+def another_ones(daemon: Daemon) -> Iterator[Monitor]:
+    """A monitor that is lost, with the daemon's sockets, as a supervisor knows it that slept meanwhile."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, Monitor(ours, 1000) as lost:
+        lost.sockets = sockets_of(daemon)
+        yield lost
+
+
+def sockets_of(daemon: Daemon) -> Sockets:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control:
+        control.connect(str(daemon.control))
+        _, fds, _, _ = socket.recv_fds(control, 100, 2)
+    return Sockets(*fds)
+
+
+def test_a_supervisor_that_was_not_told_of_another_one_finds_it(daemon: Daemon, caller: Caller) -> None:
+    with another_ones(daemon) as lost:
+        assert lost.is_in_use()
+        with pytest.raises(ReplacedError, match=f"process {daemon.process.pid}"):
+            Monitor.connect(daemon.control, identify(daemon.node), MONITORED, 1000, lost)
+    assert ask(caller) == "pids= 1"
+
+
+def test_a_monitor_that_ends_before_it_greets_is_not_waited_for(tmp_path: Path) -> None:
+    control = tmp_path / "agent.control"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as kept, theirs, Monitor(ours, 1000) as lost:
+        kept.bind(str(control))
+        kept.listen()
+        lost.sockets = Sockets(os.dup(kept.fileno()), os.dup(kept.fileno()))
+        with pytest.raises(MonitorError, match="it ended before it greeted"):
+            Monitor.connect(control, identify(Path("/dev/null")), MONITORED, 1000, lost)
+
+
+def started_beside(daemon: Daemon, *options: str, fds: Sequence[int] = ()) -> str:
+    """What a monitor says that ends at once."""
+    done = subprocess.run(
+        [PROGRAM, *options], pass_fds=fds, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert daemon.socket.exists()
+    assert daemon.control.exists()
+    return done.stderr
+
+
+def test_two_monitors_do_not_serve_one_path(daemon: Daemon, caller: Caller) -> None:
+    other = daemon.socket.with_name("other")
+    for agent, control in ((daemon.socket, other), (other, daemon.control), (daemon.socket, daemon.control)):
+        said = started_beside(daemon, "--listen", str(agent), "--control", str(control))
+        assert "Address already in use" in said
+    assert ask(caller) == "pids= 1"
+
+
+def test_two_monitors_do_not_serve_one_socket(daemon: Daemon, caller: Caller) -> None:
+    sockets = sockets_of(daemon)
+    options = ["--agent-fd", str(sockets.agent), "--control-fd", str(sockets.control)]
+    assert "another monitor serves these sockets" in started_beside(daemon, *options, fds=sockets)
+    for fd in sockets:
+        os.close(fd)
+    assert ask(caller) == "pids= 1"
+
+
+def test_serve_starts_no_monitor_beside_one_that_hangs(daemon: Daemon, caller: Caller) -> None:
+    daemon.process.kill()
+    daemon.process.wait()
+    stop_and_wait_for(daemon.monitor)
+    try:
+        done = subprocess.run(daemon.command(), capture_output=True, text=True, check=False, timeout=2 * SECONDS)
+        assert done.returncode == 1
+        assert "the monitor did not come up: timed out" in done.stderr
+        assert daemon.monitors() == [daemon.monitor]
+    finally:
+        os.kill(daemon.monitor, signal.SIGCONT)
+    daemon.start()
+    eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
+
+
+@contextlib.contextmanager
+def given_up_successor(daemon: Daemon, directory: Path) -> Iterator[tuple[int, socket.socket]]:
+    """A monitor that was given the daemon's sockets, and the end of the one that gave them, which has not ended."""
+    place = directory / "place"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(place))
+        listening.listen()
+        command = [PROGRAM, "--take-over", place]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as successor:
+            predecessor, _ = listening.accept()
+            with predecessor:
+                sockets = sockets_of(daemon)
+                hello = struct.pack("=IHHIIIIII", 32, protocol.VERSION, HELLO, 0, 0, os.getpid(), 0, 0, 0)
+                socket.send_fds(predecessor, [hello], list(sockets))
+                for fd in sockets:
+                    os.close(fd)
+                assert successor.stdout is not None
+                assert successor.stdout.readline() == "READY\n"
+                yield successor.pid, predecessor
+                assert successor.wait(SECONDS) == 0
+
+
+def test_a_successor_that_was_given_up_gives_back_what_it_has(
+    daemon: Daemon, caller: Caller, caller_program: Path, tmp_path: Path
+) -> None:
+    """As one that was stopped in the middle of the change."""
+    with (
+        given_up_successor(daemon, tmp_path) as (successor, predecessor),
+        under_filter(caller_program, daemon.node.parent, "on_demand") as late,
+    ):
+        stop_and_wait_for(daemon.monitor)
+        daemon.attach(late)
+        eventually(lambda: daemon.listeners_of(successor) == 1, "the late one is the successor's")
+        os.kill(daemon.monitor, signal.SIGCONT)
+        predecessor.close()
+        late.go()
+        assert late.line() == "up"
+        eventually(lambda: ask(late) == "pids= 1", "the late one is translated")
+        assert ask(caller) == "pids= 1"
+        eventually(lambda: daemon.monitors() == [daemon.monitor], "there is the one monitor")
+
+
+def test_a_monitor_killed_in_the_middle_of_the_change_leaves_one_that_serves_all(
+    daemon: Daemon, caller: Caller, caller_program: Path
+) -> None:
+    """Whether the successor or the supervisor's new one comes first."""
+    for _ in range(5):
+        before = daemon.find_monitor()
+        replace_daemon(daemon.control)
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
+        eventually(lambda: len(daemon.monitors()) == 1, "there is the one monitor")
+        with attached(daemon, caller_program) as another:
+            assert ask(another) == "pids= 1"
 
 
 class ShiftOfSupervisors:
@@ -432,10 +590,10 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
     one.end()
 
 
-@pytest.fixture
-def kept(tmp_path: Path, standin: StartStandIn, keeper: Keeper) -> Iterator[Daemon]:
+@pytest.fixture(params=["", "--no-monitor"])
+def kept(tmp_path: Path, standin: StartStandIn, keeper: Keeper, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     """A supervisor whose monitor the service manager keeps."""
-    started = Daemon(tmp_path, standin("--era", "host").control_node)
+    started = Daemon(tmp_path, standin("--era", "host").control_node, *request.param.split())
     assert started.find_monitor() == keeper.process.pid
     yield started
     with started.process:

@@ -40,8 +40,7 @@ class Daemon:
 
     def start(self, **environment: str) -> None:
         """Start it, or start it again beside its monitor."""
-        command = ["mpu-notify", "serve", "--listen", self.socket, "--device", self.node, "--log-level", "debug"]
-        command += self.options
+        command = [*self.command(), "--log-level", "debug", *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment}
@@ -53,6 +52,10 @@ class Daemon:
         assert ready[1] == str(self.socket)
         self.monitor = int(ready[2])
         assert int(ready[3]) == self.process.pid
+
+    def command(self) -> list[str]:
+        """What starts it, but for its log and options."""
+        return ["mpu-notify", "serve", "--listen", str(self.socket), "--device", str(self.node)]
 
     def send(self, data: bytes, *fds: int) -> None:
         """Be a runtime: one message with its files, then the end."""
@@ -86,6 +89,13 @@ class Daemon:
             hello = protocol.decode(packet)
             assert isinstance(hello, protocol.Hello)
             yield hello.pid
+
+    def monitors(self) -> list[int]:
+        """The monitors that have the control socket, whether they serve it or not."""
+        lines = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+        sockets = {f"socket:[{line[6]}]" for line in lines if line[-1] == str(self.control) and line[3] == "00010000"}
+        every = [one for one in Path("/proc").glob("[0-9]*") if _bytes(one / "comm") == b"mpu-notify-moni\n"]
+        return [int(one.name) for one in every if _links(one / "fd") & sockets]
 
     def program_of(self, pid: int) -> Path:
         return Path(f"/proc/{pid}/exe").readlink()
@@ -249,6 +259,15 @@ def test_of_several_that_start_at_once_one_stays_and_all_have_the_same_monitor(
                 one.terminate()
                 one.wait(SECONDS)
             eventually(lambda: not monitors(), "the monitor ends as well")
+
+
+def _links(directory: Path) -> set[str]:
+    found = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for link in directory.iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.add(os.readlink(link))  # noqa: PTH115 - not a path
+    return found
 
 
 def _bytes(file: Path) -> bytes:

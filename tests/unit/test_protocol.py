@@ -27,7 +27,7 @@ from mpu_notify.notify.protocol import (
 
 HELLO, ATTACHED, BEGUN, CALL_IN, CALL_OUT, ANSWER, OUTCOME, ENDED = 1, 4, 5, 6, 7, 8, 9, 10
 REPLACED, MOVED, PERFORMED = 14, 15, 20
-GREETING = struct.pack("=II", 42, 1)
+GREETING = struct.pack("=IIII", 42, 1, 43, 0)
 
 
 def packet(kind: int, body: bytes = b"", *, listener: int = 7, version: int = protocol.VERSION) -> bytes:
@@ -46,9 +46,9 @@ def performed(params: bytes, size: int | None = None) -> bytes:
 
 def test_each_message_is_decoded() -> None:
     counts = struct.pack("=QQ16Q", 9, 4, *range(16))
-    assert protocol.decode(packet(HELLO, GREETING)) == Hello(protocol.VERSION, 42, is_kept=True)
+    assert protocol.decode(packet(HELLO, GREETING)) == Hello(protocol.VERSION, 42, is_kept=True, supervisor=43)
     assert protocol.decode(packet(REPLACED)) == Replaced()
-    assert protocol.decode(packet(MOVED, struct.pack("=II", 43, 0))) == Moved(43)
+    assert protocol.decode(packet(MOVED)) == Moved()
     assert protocol.decode(packet(ATTACHED, struct.pack("=QiI", 5, 9, 0))) == Attached(7, 5, 9)
     assert protocol.decode(packet(BEGUN, struct.pack("=II", 33, 0))) == Begun(7, 33)
     assert protocol.decode(call(CALL_IN, b"abc")) == Request(7, 11, Step.IN, 0x2080018D, 22, b"abc")
@@ -66,6 +66,7 @@ def test_each_message_is_decoded() -> None:
         packet(HELLO, GREETING)[:-1],
         packet(HELLO, GREETING + b"more"),
         packet(HELLO, GREETING) + b"x",
+        packet(MOVED, bytes(8)),
         packet(REPLACED, version=protocol.VERSION + 1),
         packet(ATTACHED),
         packet(99),
@@ -89,7 +90,7 @@ def test_anything_else_is_an_error(wrong: bytes) -> None:
 
 def test_a_monitor_of_another_version_is_understood_to_greet() -> None:
     """Else a supervisor could not have it replaced."""
-    assert protocol.decode(packet(HELLO, GREETING, version=99)) == Hello(99, 42, is_kept=True)
+    assert protocol.decode(packet(HELLO, GREETING, version=99)) == Hello(99, 42, is_kept=True, supervisor=43)
 
 
 @given(st.binary(max_size=300))
