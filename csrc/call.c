@@ -31,6 +31,7 @@ struct call {
     const struct mpu_control *control;
     struct nvos54 nvos54;
     uint64_t table;     /* the caller's, which the params point to; 0 where there is none */
+    uint32_t count;     /* of its entries, as the caller says */
     uint8_t *more;      /* params of one more control */
     uint32_t performed; /* more controls */
     int error;
@@ -118,14 +119,13 @@ static enum mpu_cause read_table(struct listener *listener, struct call *call, i
 {
     const struct mpu_control *control = call->control;
     uint8_t *table = listener->params + control->size;
-    uint32_t count;
     int error;
 
     if (!control->entry_size)
         return MPU_TRANSLATED;
     memcpy(&call->table, listener->params + control->pointer_at, sizeof(call->table));
-    memcpy(&count, listener->params + control->count_at, sizeof(count));
-    if (count != (call->table ? control->n_entries : 0))
+    memcpy(&call->count, listener->params + control->count_at, sizeof(call->count));
+    if (call->count != (call->table ? control->n_entries : 0))
         return MPU_TABLE_UNUSUAL;
     if (call->table) {
         error = caller_read(memory, call->table, table, pointed_size(control));
@@ -396,10 +396,33 @@ static bool translate_empty(struct listener *listener, const struct call *call)
     return true;
 }
 
+/* From now on, what is written over is in the slot: the next monitor finds it there. */
+static void keep_input(struct listener *listener, const struct call *call)
+{
+    if (call->control->entry_size)
+        listener->slot->input =
+            (struct slot_input){.is_due = 1, .count_at = call->control->count_at, .count = call->count};
+}
+
+/* Within the params and only where the driver could: a slot is not ours alone. */
+static void put_input_back(struct listener *listener, int memory, int maps)
+{
+    const struct slot_input input = listener->slot->input;
+    struct nvos54 nvos54;
+    uint64_t address;
+
+    if (!input.is_due || read_nvos54(&listener->notif->data, caller_read, memory, &address, &nvos54))
+        return;
+    if (nvos54.params_size < sizeof(input.count) || input.count_at > nvos54.params_size - sizeof(input.count))
+        return;
+    address = nvos54.params + input.count_at;
+    if (caller_may_write(&listener->monitor->kernel, maps, address, sizeof(input.count)) == 0)
+        caller_write(memory, address, &input.count, sizeof(input.count));
+}
+
 /*
  * First the table behind a pointer, which is no input, and NVOS54 last: until then a failure can still be answered with
- * continue, because the control's inputs are intact. Where the params are answer and input both (a count), a caller
- * whose NVOS54 cannot be written gets the same error from the driver.
+ * continue, because the control's inputs are intact, or are put back.
  */
 static enum mpu_cause write_back(struct listener *listener, struct call *call, int memory, int maps)
 {
@@ -410,10 +433,14 @@ static enum mpu_cause write_back(struct listener *listener, struct call *call, i
     error = check_writable(listener, call, maps); /* again: another thread of the caller may have changed it */
     if (!error && call->table)
         error = caller_write(memory, call->table, listener->params + call->control->size, pointed_size(call->control));
-    if (!error)
+    if (!error) {
+        keep_input(listener, call);
         error = caller_write(memory, call->nvos54.params, listener->params, call->nvos54.params_size);
+    }
     if (!error)
         error = caller_write(memory, call->address, &call->nvos54, sizeof(call->nvos54));
+    if (error)
+        put_input_back(listener, memory, maps);
     return error ? fail(call, MPU_MEMORY_UNWRITABLE, error) : MPU_TRANSLATED;
 }
 
@@ -536,6 +563,14 @@ void call_handle(struct listener *listener)
 
 void call_leave(struct listener *listener)
 {
-    if (caller_is_waiting(listener->fd, listener->notif->id))
-        reply(listener, SECCOMP_USER_NOTIF_FLAG_CONTINUE);
+    pid_t tid = (pid_t)listener->notif->pid;
+    bool is_due = listener->slot->input.is_due;
+    AUTO_CLOSE memory = is_due ? caller_open(tid, "mem", O_RDWR) : -1;
+    AUTO_CLOSE maps = is_due ? caller_open(tid, "maps", O_RDONLY) : -1;
+
+    if (!caller_is_waiting(listener->fd, listener->notif->id))
+        return;
+    if (memory >= 0 && maps >= 0)
+        put_input_back(listener, memory, maps);
+    reply(listener, SECCOMP_USER_NOTIF_FLAG_CONTINUE);
 }

@@ -56,6 +56,7 @@ static int receive(struct listener *listener)
     int error = -ECANCELED;
 
     memset(listener->notif, 0, listener->notif_size); /* the kernel insists */
+    listener->slot->input = (struct slot_input){0};
     listener->receiving = true;
     if (!listener->monitor->yielding)
         error = receive_interruptibly(listener);

@@ -4,7 +4,7 @@
  *
  * Who holds the lock serves the listener. The lock is robust: the kernel opens it when the thread that holds it ends,
  * however that comes, and the next one finds in the slot what was not answered. The layout is the same in every
- * version.
+ * version; what is added comes last, and is 0 in a slot of a version without it.
  */
 #ifndef MPU_SLOT_H
 #define MPU_SLOT_H
@@ -20,6 +20,17 @@
 #define SLOT_BYTES 4096
 #define SLOT_NOTIF_BYTES 1024 /* struct seccomp_notif has 80, and may grow */
 
+/*
+ * What the caller asked with and the answer takes the place of: how many entries its table has room for. Whoever leaves
+ * the call to the driver after all puts it back first.
+ */
+struct slot_input {
+    uint32_t is_due;   /* 1: the answer may have been written over it */
+    uint32_t count_at; /* in the params, bytes */
+    uint32_t count;
+    uint32_t reserved;
+};
+
 struct slot {
     uint32_t layout;
     uint32_t reserved;
@@ -27,6 +38,7 @@ struct slot {
     pthread_mutex_t lock;
     struct mpu_counts counts;
     _Alignas(64) uint8_t notif[SLOT_NOTIF_BYTES];
+    struct slot_input input;
 };
 static_assert(sizeof(struct slot) <= SLOT_BYTES, "a slot is one page");
 

@@ -433,6 +433,23 @@ static void case_vfork(struct gpu *gpu, struct place *place)
     say_pids(0, 0, place);
 }
 
+/* The caller shares its memory with a process that tells, when the caller is gone, whether it was written to. */
+static void case_shared_memory(struct gpu *gpu, struct place *place)
+{
+    static struct place asked;
+    pid_t pid;
+
+    ask_info(gpu, place, 1, 1);
+    asked = *place;
+    pid = vfork();
+    if (pid == 0) {
+        syscall(SYS_ioctl, gpu->control, RM_CONTROL, &place->call);
+        _exit(0);
+    }
+    waitpid(pid, NULL, 0); /* it may have been killed */
+    printf("same=%d\n", memcmp(&asked, place, sizeof(asked)) == 0);
+}
+
 static void case_setuid(struct gpu *gpu, struct place *place)
 {
     if (setresgid(65534, 65534, 65534) || setresuid(65534, 65534, 65534))
@@ -814,6 +831,7 @@ static const struct named_case CASES[] = {
     CASE(unshared_files),
     CASE(fork),
     CASE(vfork),
+    CASE(shared_memory),
     CASE(setuid),
     CASE(signals),
     CASE(exec),

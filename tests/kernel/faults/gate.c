@@ -1,11 +1,12 @@
 /*
  * Stops one thread at one moment of its next call, says so, and lets it go when it is told to.
  *
- *     gate THREAD SYSCALL ioctl-REQUEST|- enter|exit NTH
+ *     gate THREAD SYSCALL ioctl-REQUEST|- enter|exit NTH [RESULT]
  *
  * THREAD is a monitor's thread that receives calls. The moment is the entry into, or the exit from, the NTH system call
  * SYSCALL (1 is the first; of an ioctl, with that REQUEST) since a call was received. It says "ready" when it watches,
  * "reached" when the thread stands there, and lets go for good when a byte comes, or its input ends.
+ * With a RESULT, which goes with the entry, the system call is not made, and returns that.
  */
 #include <errno.h>
 #include <linux/seccomp.h>
@@ -18,10 +19,15 @@
 #include <sys/ioctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <linux/ptrace.h>
+
+#if !defined(__x86_64__)
+#error "the registers of a system call are known on x86-64 only"
+#endif
 
 struct moment {
     uint64_t syscall;
@@ -48,7 +54,8 @@ static const struct {
     {"openat", SYS_openat},         {"pidfd_getfd", SYS_pidfd_getfd},
     {"pidfd_open", SYS_pidfd_open}, {"pread64", SYS_pread64},
     {"pwrite64", SYS_pwrite64},     {"recvmsg", SYS_recvmsg},
-    {"sendmsg", SYS_sendmsg},       {"process_vm_readv", SYS_process_vm_readv},
+    {"sendmsg", SYS_sendmsg},       {"poll", SYS_poll},
+    {"recvfrom", SYS_recvfrom},     {"process_vm_readv", SYS_process_vm_readv},
     {"statx", SYS_statx},
 };
 
@@ -143,13 +150,31 @@ static bool await(const struct moment *moment, struct watch *watch)
     }
 }
 
+/* The thread is at the entry of a system call: go to its exit without it. */
+static void skip(pid_t thread, long result)
+{
+    struct user_regs_struct registers;
+    int status;
+
+    if (ptrace(PTRACE_GETREGS, thread, 0, &registers))
+        die("cannot skip");
+    registers.orig_rax = (unsigned long long)-1;
+    if (ptrace(PTRACE_SETREGS, thread, 0, &registers) || ptrace(PTRACE_SYSCALL, thread, 0, 0) ||
+        waitpid(thread, &status, __WALL) != thread || !WIFSTOPPED(status) ||
+        ptrace(PTRACE_GETREGS, thread, 0, &registers))
+        die("cannot skip");
+    registers.rax = (unsigned long long)result;
+    if (ptrace(PTRACE_SETREGS, thread, 0, &registers))
+        die("cannot skip");
+}
+
 int main(int argc, char **argv)
 {
     struct watch watch = {0};
     struct moment moment = {0};
     char byte;
 
-    if (argc != 6 || !parse(argv + 2, &moment)) {
+    if (argc < 6 || argc > 7 || !parse(argv + 2, &moment)) {
         fprintf(stderr, "gate: what moment is that?\n");
         return 2;
     }
@@ -160,6 +185,8 @@ int main(int argc, char **argv)
         say("gone");
         return 1;
     }
+    if (argc == 7)
+        skip(watch.thread, strtol(argv[6], NULL, 10));
     say("reached");
     if (read(STDIN_FILENO, &byte, 1) < 0)
         die("cannot read");

@@ -13,6 +13,7 @@ from ..harness import SECONDS
 
 # linux/seccomp.h and nv_escape.h, as ioctl requests of a 64-bit machine.
 RECEIVE, VALID, SEND = 0xC0502100, 0x40082102, 0xC0182101
+QUERY = 0xC0686611  # linux/fs.h, PROCMAP_QUERY
 CONTROL = 0xC020462A
 
 
@@ -57,6 +58,8 @@ STEPS = (
     Step("replied", "ioctl", request=SEND),
 )
 
+SECTION = f"At each of the {len(STEPS)} steps of a call"
+
 _ORDER = {step.name: number for number, step in enumerate(STEPS)}
 
 
@@ -66,12 +69,17 @@ def is_from(step: Step, first: str) -> bool:
 
 
 class Gate:
-    """Watches a monitor's only listener; the next call stops at the step."""
+    """Watches a monitor's only listener; the next call stops at the step.
 
-    def __init__(self, program: Path, monitor: int, step: Step) -> None:
+    With a ``result`` the system call, at whose entry that is, is not made and returns it.
+    """
+
+    def __init__(self, program: Path, monitor: int, step: Step, result: int | None = None) -> None:
         (thread,) = [task.name for task in Path(f"/proc/{monitor}/task").iterdir() if task.name != str(monitor)]
         request = "-" if step.request is None else hex(step.request)
         command = [str(program), thread, step.syscall, request, step.moment, str(step.nth)]
+        if result is not None:
+            command.append(str(result))
         self.process: subprocess.Popen[str] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -93,8 +101,8 @@ class Gate:
 
 
 @contextmanager
-def gate(program: Path, monitor: int, step: Step) -> Iterator[Gate]:
-    one = Gate(program, monitor, step)
+def gate(program: Path, monitor: int, step: Step, result: int | None = None) -> Iterator[Gate]:
+    one = Gate(program, monitor, step, result)
     try:
         yield one
     finally:

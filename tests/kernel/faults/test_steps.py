@@ -17,11 +17,9 @@ from mpu_notify.standin.process import StandIn
 from ..harness import eventually, kill_and_wait_for, stop_and_wait_for
 from .cgroups import frozen, starved
 from .conftest import MakeScene, Record
-from .gate import STEPS, Step, gate, is_from
+from .gate import SECTION, STEPS, Step, gate, is_from
 from .record import Row
 from .scene import NOT_CONNECTED, THE_DRIVERS_OWN, TRANSLATED, Scene, in_words
-
-SECTION = f"At each of the {len(STEPS)} steps of a call"
 
 
 @contextmanager

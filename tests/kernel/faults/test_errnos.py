@@ -1,0 +1,296 @@
+"""Each system call of a call's way through fails with each errno that it can give: the caller gets a good answer.
+
+Errnos are those of the manual pages and, for files in /proc, of the kernel's source. `close` is left out: whatever it
+says, the file is closed. So is a reply that fails for good, which the kernel does only to a caller that is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mpu_notify.notify.monitor import PROGRAM, Monitor, identify
+from mpu_notify.notify.protocol import Cause
+from mpu_notify.notify.protocol import Step as Direction
+from mpu_notify.rm.controls import GPU_PIDS
+from mpu_notify.supervisor.service import MONITORED
+
+from ..conftest import StartStandIn
+from ..harness import (
+    Caller,
+    ScriptedChannel,
+    caller_host_pid,
+    compile_c,
+    eventually,
+    injected,
+    kill_and_wait_for,
+    stop_and_wait_for,
+    under_filter,
+)
+from .conftest import MakeScene, Record
+from .gate import CONTROL, QUERY, SEND, VALID, Step, gate
+from .gate import SECTION as SECTION_OF_STEPS
+from .record import Row
+from .scene import THE_DRIVERS_OWN, TRANSLATED, Scene, in_words
+
+SECTION = "Each system call of the monitor for a call, refused"
+
+
+class Refused(NamedTuple):
+    """A system call of the way through, which of them in a call, what it gives, and what that gives the caller."""
+
+    what: str
+    syscall: str
+    calls: tuple[int, ...]
+    errnos: tuple[str, ...]
+    gives: str
+    request: int | None = None
+    results: tuple[int, ...] = ()  # that are no errors: less than was asked for
+
+    def tries(self) -> Iterator[tuple[Step, int]]:
+        for nth in self.calls:
+            step = Step(self.what, self.syscall, nth, self.request, "enter")
+            for result in (*(-getattr(errno, name) for name in self.errnos), *self.results):
+                yield step, result
+
+
+_MEMORY = ("EFAULT", "EIO", "EINTR", "ENOMEM", "EINVAL", "ESRCH", "EBADF", "EAGAIN")
+_SOCKET = ("ECONNRESET", "EPIPE", "ENOTCONN", "ENOBUFS", "ENOMEM", "EBADF", "EMSGSIZE", "EFAULT", "EINVAL")
+_OPEN = ("EACCES", "EPERM", "ENOENT", "ESRCH", "EMFILE", "ENFILE", "ENOMEM", "EINTR", "ELOOP", "ENXIO", "EIO", "ENODEV")
+
+REFUSED = [
+    Refused(
+        "the first look at NVOS54",
+        "process_vm_readv",
+        (1,),
+        ("EFAULT", "EPERM", "ESRCH", "ENOMEM", "EINVAL", "EINTR"),
+        THE_DRIVERS_OWN,
+        results=(0, 8),
+    ),
+    Refused("opening memory and maps", "openat", (1, 2), _OPEN, THE_DRIVERS_OWN),
+    Refused("a check of the id", "ioctl", (1, 2, 3, 4), ("ENOENT", "EINVAL"), THE_DRIVERS_OWN, request=VALID),
+    Refused("a check of the id, interrupted", "ioctl", (1, 2, 3, 4), ("EINTR",), TRANSLATED, request=VALID),
+    Refused("reading NVOS54 and params", "pread64", (1, 2), _MEMORY, THE_DRIVERS_OWN, results=(0, 16)),
+    Refused(
+        "asking for a mapping",
+        "ioctl",
+        (1, 2, 3, 4),
+        ("ENOENT", "EFAULT", "EINVAL", "ESRCH", "ENAMETOOLONG", "E2BIG", "EINTR", "ENOTTY"),
+        THE_DRIVERS_OWN,
+        request=QUERY,
+    ),
+    Refused("sending to the supervisor (told, two requests)", "sendmsg", (1, 2, 3), _SOCKET, THE_DRIVERS_OWN),
+    Refused("sending to the supervisor, not now", "sendmsg", (1, 2, 3, 4), ("EAGAIN", "EINTR"), TRANSLATED),
+    Refused("telling the supervisor the outcome", "sendmsg", (4,), _SOCKET, TRANSLATED),
+    Refused("looking for an answer", "recvfrom", (1,), ("ECONNRESET", "ENOMEM", "EBADF", "EINVAL"), THE_DRIVERS_OWN),
+    Refused("looking for an answer, not now", "recvfrom", (1,), ("EAGAIN", "EINTR"), TRANSLATED),
+    Refused("taking an answer", "recvmsg", (1, 2), ("ECONNRESET", "ENOMEM", "EFAULT", "EBADF"), THE_DRIVERS_OWN),
+    Refused(
+        "looking at the file, and at the fetched one",
+        "statx",
+        (1, 2),
+        ("EACCES", "ENOENT", "ENOMEM", "EBADF", "ELOOP", "ENOTDIR", "EFAULT", "EINVAL", "EIO", "ESTALE"),
+        THE_DRIVERS_OWN,
+    ),
+    Refused(
+        "pidfd_open",
+        "pidfd_open",
+        (1,),
+        ("EINVAL", "EMFILE", "ENFILE", "ENODEV", "ENOMEM", "ESRCH", "ENOSYS"),
+        THE_DRIVERS_OWN,
+    ),
+    Refused(
+        "pidfd_getfd",
+        "pidfd_getfd",
+        (1,),
+        ("EBADF", "EINVAL", "EMFILE", "ENFILE", "EPERM", "ESRCH", "ENOMEM", "ENOSYS"),
+        THE_DRIVERS_OWN,
+    ),
+    Refused(
+        "the driver's ioctl",
+        "ioctl",
+        (1,),
+        (
+            "EBADF",
+            "EFAULT",
+            "EINVAL",
+            "ENOTTY",
+            "EIO",
+            "ENODEV",
+            "ENOMEM",
+            "EACCES",
+            "EPERM",
+            "EAGAIN",
+            "ENOTCONN",
+            "EBUSY",
+        ),
+        THE_DRIVERS_OWN,
+        request=CONTROL,
+    ),
+    Refused("the driver's ioctl, interrupted", "ioctl", (1,), ("EINTR",), TRANSLATED, request=CONTROL),
+    Refused("writing params, then NVOS54", "pwrite64", (1, 2), _MEMORY, THE_DRIVERS_OWN, results=(0, 16)),
+    Refused("the reply, interrupted", "ioctl", (1,), ("EINTR",), TRANSLATED, request=SEND),
+]
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.what)
+def test_a_refused_system_call_gives_the_caller_a_good_answer(
+    make_scene: MakeScene, gate_program: Path, record: Record, refused: Refused
+) -> None:
+    scene = make_scene()
+    with scene.container():
+        before = scene.held()
+        monitor = scene.daemon.find_monitor()
+        for step, result in refused.tries():
+            with gate(gate_program, monitor, step, result) as held:
+                scene.caller.poke("i")
+                held.reached()
+                held.open()
+            got = scene.caller.line()
+            assert got == refused.gives, (step, result)
+            assert scene.ask() == TRANSLATED, ("the next call", step, result)
+            record(Row(SECTION, f"{refused.what}: {_words(refused)}", 1, in_words(got), "none"))
+        eventually(lambda: scene.held() == before, "nothing is left of them")
+
+
+def _words(refused: Refused) -> str:
+    return ", ".join((*refused.errnos, *(["less than was asked for"] if refused.results else [])))
+
+
+@pytest.mark.parametrize("error", ["EINTR", "ENOMEM", "EAGAIN", "EFAULT", "EINVAL"])
+def test_a_wait_for_the_supervisor_that_is_refused_is_begun_again(
+    make_scene: MakeScene, gate_program: Path, record: Record, error: str
+) -> None:
+    scene = make_scene()
+    with scene.container():
+        wait = Step("poll", "poll", moment="enter")
+        with gate(gate_program, scene.daemon.find_monitor(), wait, -getattr(errno, error)) as held:
+            stop_and_wait_for(scene.daemon.process.pid)  # or its answer comes before anybody waits
+            scene.caller.poke("i")
+            held.reached()
+            held.open()
+            os.kill(scene.daemon.process.pid, signal.SIGCONT)
+            assert scene.caller.line() == TRANSLATED
+    record(Row(SECTION, "waiting for an answer: EINTR, ENOMEM, EAGAIN, EFAULT, EINVAL", 1, "translated", "none"))
+
+
+@pytest.mark.parametrize("error", ["ENOENT", "EINTR", "ENOMEM", "EFAULT", "EINVAL"])
+def test_a_receive_that_is_refused_is_tried_again(make_scene: MakeScene, record: Record, error: str) -> None:
+    scene = make_scene()
+    with scene.container():
+        with injected(scene.daemon.find_monitor(), f"--inject=ioctl:error={error}:when=1"):
+            assert scene.ask() == TRANSLATED
+        assert scene.ask() == TRANSLATED
+    record(Row(SECTION, "receiving: ENOENT, EINTR, ENOMEM, EFAULT, EINVAL", 1, "translated", "none"))
+
+
+#: The caller's table, its params, NVOS54.
+WRITES = [1, 2, 3]
+
+
+class Encoders(NamedTuple):
+    """A caller that asks for the table of encoder sessions once, and the monitor that receives that."""
+
+    caller: Caller
+    monitor: int
+    own: str  # what the driver says, if it is asked with room for more sessions than one
+
+
+@contextmanager
+def encoders(scene: Scene) -> Iterator[Encoders]:
+    with under_filter(scene.caller_program, scene.daemon.node.parent, "encoders") as caller:
+        scene.daemon.attach(caller)
+        monitor = scene.daemon.find_monitor()
+        eventually(lambda: scene.daemon.listeners_of(monitor) == 1, "the listener is served")
+        eventually(lambda: scene.daemon.says("attached container=one"), "the supervisor knows")
+        yield Encoders(caller, monitor, f"encoders=1 pid={caller_host_pid(caller)} codec=0 width=1920 stale=0")
+
+
+@pytest.mark.parametrize("nth", WRITES)
+@pytest.mark.parametrize("error", ["EFAULT", "ENOMEM"])
+def test_a_table_behind_a_pointer_that_cannot_be_written_is_the_drivers_to_write(
+    make_scene: MakeScene, gate_program: Path, record: Record, nth: int, error: str
+) -> None:
+    write = Step("write", "pwrite64", nth, moment="enter")
+    with (
+        encoders(make_scene()) as asking,
+        gate(gate_program, asking.monitor, write, -getattr(errno, error)) as held,
+    ):
+        asking.caller.go()
+        held.reached()
+        held.open()
+        assert asking.caller.line() == asking.own
+    fault = "writing a table behind a pointer, params, NVOS54: EFAULT, ENOMEM"
+    record(Row(SECTION, fault, 1, in_words(THE_DRIVERS_OWN), "none"))
+
+
+@pytest.mark.parametrize("nth", WRITES)
+def test_a_monitor_that_is_killed_after_a_write_leaves_the_driver_what_it_was_asked_with(
+    make_scene: MakeScene, gate_program: Path, record: Record, nth: int
+) -> None:
+    with (
+        encoders(make_scene()) as asking,
+        gate(gate_program, asking.monitor, Step("written", "pwrite64", nth)) as held,
+    ):
+        asking.caller.go()
+        held.reached()
+        kill_and_wait_for(asking.monitor)
+        held.open()
+        assert asking.caller.line() == asking.own
+    fault = "monitor killed after writing a table behind a pointer, params, NVOS54"
+    record(Row(SECTION_OF_STEPS, fault, 1, in_words(THE_DRIVERS_OWN), "none"))
+
+
+def test_a_monitor_that_has_no_file_left_answers_all_the_same(make_scene: MakeScene, record: Record) -> None:
+    """A call takes four: memory, maps, a pidfd and the caller's file."""
+    scene = make_scene()
+    with scene.container():
+        monitor = scene.daemon.find_monitor()
+        before = scene.held()
+        taken = {int(fd.name) for fd in Path(f"/proc/{monitor}/fd").iterdir()}
+        free = [number for number in range(len(taken) + 5) if number not in taken]
+        limits = resource.prlimit(monitor, resource.RLIMIT_NOFILE)
+        for number in free[:4]:
+            resource.prlimit(monitor, resource.RLIMIT_NOFILE, (number, limits[1]))
+            assert scene.ask() == THE_DRIVERS_OWN
+            record(Row(SECTION, "fd limit of the monitor (RLIMIT_NOFILE)", 1, in_words(THE_DRIVERS_OWN), "none"))
+        resource.prlimit(monitor, resource.RLIMIT_NOFILE, (free[4], limits[1]))
+        assert scene.ask() == TRANSLATED
+        resource.prlimit(monitor, resource.RLIMIT_NOFILE, limits)
+        eventually(lambda: scene.held() == before, "nothing is left of them")
+
+
+def test_a_monitor_without_memory_for_one_more_control_leaves_the_call_to_the_driver(
+    standin: StartStandIn, caller_program: Path, tmp_path: Path, record: Record
+) -> None:
+    library = compile_c(Path(__file__).with_name("fail_realloc.c"), tmp_path, "-shared", "-fPIC")
+    wrapper = tmp_path / "monitor"
+    wrapper.write_text(f'#!/bin/sh\nexec env LD_PRELOAD={library} {PROGRAM} "$@"\n')
+    wrapper.chmod(0o755)
+    node = standin("--era", "host").control_node
+    with (
+        Monitor.start(identify(node), MONITORED, program=wrapper) as monitor,
+        under_filter(caller_program, node.parent, "on_demand") as caller,
+    ):
+        monitor.attach(caller.listener, b"{}")
+        arrival = monitor.receive()
+        assert arrival is not None
+        channel = ScriptedChannel(arrival.channel)
+        caller.go()
+        assert caller.line() == "up"
+        own = f"pids= {caller_host_pid(caller)}"
+        caller.poke()
+        channel.channel.perform(channel.up_to(Direction.OUT), GPU_PIDS.cmd, bytes(GPU_PIDS.size))
+        assert caller.line() == own
+        assert channel.outcome() is Cause.SUPERVISOR_GONE
+        caller.poke()
+        assert channel.pass_all_on() is Cause.TRANSLATED, "the next call is asked about again"
+    record(Row(SECTION, "memory for one more control (realloc): ENOMEM", 1, in_words(THE_DRIVERS_OWN), "none"))
