@@ -438,6 +438,7 @@ static void case_shared_memory(struct gpu *gpu, struct place *place)
 {
     static struct place asked;
     pid_t pid;
+    char byte;
 
     ask_info(gpu, place, 1, 1);
     asked = *place;
@@ -447,7 +448,8 @@ static void case_shared_memory(struct gpu *gpu, struct place *place)
         _exit(0);
     }
     waitpid(pid, NULL, 0); /* it may have been killed */
-    printf("same=%d\n", memcmp(&asked, place, sizeof(asked)) == 0);
+    if (read(0, &byte, 1) == 1)
+        printf("same=%d\n", memcmp(&asked, place, sizeof(asked)) == 0);
 }
 
 static void case_setuid(struct gpu *gpu, struct place *place)
@@ -535,12 +537,10 @@ static void case_own_info(struct gpu *gpu, struct place *place)
 }
 
 /* A call after each byte on standard input, GET_PID_INFO for an i: a test decides when, and ends it by closing it. */
-static void case_on_demand(struct gpu *gpu, struct place *place)
+static void answer_on_demand(struct gpu *gpu, struct place *place)
 {
     char byte;
 
-    printf("up\n");
-    fflush(stdout);
     for (;;) {
         ssize_t got = read(0, &byte, 1);
 
@@ -554,6 +554,13 @@ static void case_on_demand(struct gpu *gpu, struct place *place)
             case_plain(gpu, place);
         fflush(stdout);
     }
+}
+
+static void case_on_demand(struct gpu *gpu, struct place *place)
+{
+    printf("up\n");
+    fflush(stdout);
+    answer_on_demand(gpu, place);
 }
 
 /* As on_demand, but it holds 1 MiB of GPU memory, so that GET_PID_INFO of itself tells it from others, and it catches a
@@ -683,6 +690,20 @@ static void case_encoders(struct gpu *gpu, struct place *place)
 {
     ask_encoders(gpu, place, TABLE_ROOM, TABLE);
     say_encoders(gpu, place);
+}
+
+/* Later it says what the call has left in its params, and asks on demand. */
+static void case_encoders_kept(struct gpu *gpu, struct place *place)
+{
+    char byte;
+
+    case_encoders(gpu, place);
+    fflush(stdout);
+    if (read(0, &byte, 1) != 1)
+        return;
+    printf("count=%u\n", get32(place->params));
+    fflush(stdout);
+    answer_on_demand(gpu, place);
 }
 
 static void case_encoders_count(struct gpu *gpu, struct place *place)
@@ -844,6 +865,7 @@ static const struct named_case CASES[] = {
     CASE(info),
     CASE(encoders),
     CASE(encoders_count),
+    CASE(encoders_kept),
     CASE(encoders_short),
     CASE(encoders_huge),
     CASE(encoders_null_counted),

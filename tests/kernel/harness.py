@@ -241,3 +241,9 @@ def _is_dead(pid: int) -> bool:
         return state_of(Path(f"/proc/{pid}")) in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def system_calls(pid: int) -> set[int]:
+    """Those that the threads of a process are in."""
+    words = [task.read_text().split()[0] for task in Path(f"/proc/{pid}/task").glob("*/syscall")]
+    return {int(word) for word in words if word.isdigit()}

@@ -36,6 +36,7 @@ from .harness import (
     kill_and_wait_for,
     scripted_supervisor,
     stop_and_wait_for,
+    system_calls,
     under_filter,
 )
 
@@ -348,12 +349,6 @@ def test_a_caller_that_is_killed_while_the_driver_works_harms_nobody(
 PIDFD_GETFD = 438
 
 
-def _system_calls(pid: int) -> set[int]:
-    """Those that the threads of a process are in."""
-    words = [task.read_text().split()[0] for task in Path(f"/proc/{pid}/task").glob("*/syscall")]
-    return {int(word) for word in words if word.isdigit()}
-
-
 def _opened(fd: Path) -> str | None:
     try:
         return str(fd.readlink())
@@ -457,7 +452,7 @@ def test_a_file_that_is_replaced_while_it_is_fetched_is_not_the_control_node(
         monitor = supervisor.monitor.process.pid
         with injected(monitor, "--inject=pidfd_getfd:delay_enter=1s"):
             channel.pass_on(request)
-            eventually(lambda: PIDFD_GETFD in _system_calls(monitor), "the monitor has looked, and is to fetch")
+            eventually(lambda: PIDFD_GETFD in system_calls(monitor), "the monitor has looked, and is to fetch")
             caller.poke()
             assert channel.outcome() is Cause.FILE_FOREIGN, "and no ioctl was made on it"
         assert caller.line().startswith("ret=-1 errno=25")

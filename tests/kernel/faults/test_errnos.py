@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,21 +24,18 @@ from mpu_notify.supervisor.service import MONITORED
 
 from ..conftest import StartStandIn
 from ..harness import (
-    Caller,
     ScriptedChannel,
     caller_host_pid,
     compile_c,
     eventually,
     injected,
-    kill_and_wait_for,
     stop_and_wait_for,
     under_filter,
 )
 from .conftest import MakeScene, Record
 from .gate import CONTROL, QUERY, SEND, VALID, Step, gate
-from .gate import SECTION as SECTION_OF_STEPS
 from .record import Row
-from .scene import THE_DRIVERS_OWN, TRANSLATED, Scene, in_words
+from .scene import THE_DRIVERS_OWN, TRANSLATED, in_words
 
 SECTION = "Each system call of the monitor for a call, refused"
 
@@ -190,63 +186,6 @@ def test_a_receive_that_is_refused_is_tried_again(make_scene: MakeScene, record:
             assert scene.ask() == TRANSLATED
         assert scene.ask() == TRANSLATED
     record(Row(SECTION, "receiving: ENOENT, EINTR, ENOMEM, EFAULT, EINVAL", 1, "translated", "none"))
-
-
-#: The caller's table, its params, NVOS54.
-WRITES = [1, 2, 3]
-
-
-class Encoders(NamedTuple):
-    """A caller that asks for the table of encoder sessions once, and the monitor that receives that."""
-
-    caller: Caller
-    monitor: int
-    own: str  # what the driver says, if it is asked with room for more sessions than one
-
-
-@contextmanager
-def encoders(scene: Scene) -> Iterator[Encoders]:
-    with under_filter(scene.caller_program, scene.daemon.node.parent, "encoders") as caller:
-        scene.daemon.attach(caller)
-        monitor = scene.daemon.find_monitor()
-        eventually(lambda: scene.daemon.listeners_of(monitor) == 1, "the listener is served")
-        eventually(lambda: scene.daemon.says("attached container=one"), "the supervisor knows")
-        yield Encoders(caller, monitor, f"encoders=1 pid={caller_host_pid(caller)} codec=0 width=1920 stale=0")
-
-
-@pytest.mark.parametrize("nth", WRITES)
-@pytest.mark.parametrize("error", ["EFAULT", "ENOMEM"])
-def test_a_table_behind_a_pointer_that_cannot_be_written_is_the_drivers_to_write(
-    make_scene: MakeScene, gate_program: Path, record: Record, nth: int, error: str
-) -> None:
-    write = Step("write", "pwrite64", nth, moment="enter")
-    with (
-        encoders(make_scene()) as asking,
-        gate(gate_program, asking.monitor, write, -getattr(errno, error)) as held,
-    ):
-        asking.caller.go()
-        held.reached()
-        held.open()
-        assert asking.caller.line() == asking.own
-    fault = "writing a table behind a pointer, params, NVOS54: EFAULT, ENOMEM"
-    record(Row(SECTION, fault, 1, in_words(THE_DRIVERS_OWN), "none"))
-
-
-@pytest.mark.parametrize("nth", WRITES)
-def test_a_monitor_that_is_killed_after_a_write_leaves_the_driver_what_it_was_asked_with(
-    make_scene: MakeScene, gate_program: Path, record: Record, nth: int
-) -> None:
-    with (
-        encoders(make_scene()) as asking,
-        gate(gate_program, asking.monitor, Step("written", "pwrite64", nth)) as held,
-    ):
-        asking.caller.go()
-        held.reached()
-        kill_and_wait_for(asking.monitor)
-        held.open()
-        assert asking.caller.line() == asking.own
-    fault = "monitor killed after writing a table behind a pointer, params, NVOS54"
-    record(Row(SECTION_OF_STEPS, fault, 1, in_words(THE_DRIVERS_OWN), "none"))
 
 
 def test_a_monitor_that_has_no_file_left_answers_all_the_same(make_scene: MakeScene, record: Record) -> None:
