@@ -34,10 +34,22 @@ from mpu_notify.standin.model import (
     count,
 )
 
-__all__ = ["CHIPS", "ControlFile", "Driver", "Era", "File", "GpuFile", "MemoryFault", "Options", "Process", "Thread"]
+__all__ = [
+    "CHIPS",
+    "MAX_PARAMS",
+    "ControlFile",
+    "Driver",
+    "Era",
+    "File",
+    "GpuFile",
+    "MemoryFault",
+    "Options",
+    "Process",
+    "Thread",
+]
 
 _FIRST_GENERATED = 0xCAF00000
-_MAX_PARAMS = 1 << 20
+MAX_PARAMS = 1 << 20
 _CLASS_MASK = 0xFFFF
 _SYS_MEMBLOCK = 0x40000000
 
@@ -356,7 +368,7 @@ class ControlFile(File):
 
     def _control(self, task: Task, request: abi.Nvos54) -> None:
         no_params, no_size = request.params == 0, request.params_size == 0
-        if request.flags or no_params != no_size or request.params_size > _MAX_PARAMS:
+        if request.flags or no_params != no_size or request.params_size > MAX_PARAMS:
             raise RefusedError(Status.INVALID_ARGUMENT)
         handle = self._object(self._client(request.client), request.handle)
         if request.cmd & _CLASS_MASK == 0:  # neither category nor index: the null command

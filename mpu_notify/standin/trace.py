@@ -13,7 +13,7 @@ from typing import TextIO
 from mpu_notify.rm import abi
 from mpu_notify.standin.callers import Caller
 from mpu_notify.standin.connection import IoctlCall, OpenFile
-from mpu_notify.standin.driver import MemoryFault
+from mpu_notify.standin.driver import MAX_PARAMS, MemoryFault
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class TracedFile:
 
 
 def _read(caller: Caller, address: int, size: int) -> str:
+    if size > MAX_PARAMS:
+        return "too long"
     try:
         return _hex(caller.read(address, size)) if address and size else ""
     except MemoryFault:

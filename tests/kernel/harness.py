@@ -81,12 +81,18 @@ class Caller:
 
 
 @contextmanager
-def under_filter(*command: str | Path) -> Iterator[Caller]:
-    """Start a command under the filter; it waits before the exec until it may go."""
+def under_filter(*command: str | Path, inside: Caller | None = None) -> Iterator[Caller]:
+    """Start a command under the filter; it waits before the exec until it may go.
+
+    In a PID and mount namespace of its own, or in those of another caller, as `exec` does.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     script = [sys.executable, "-c", _UNDER_FILTER, str(theirs.fileno()), *map(str, command)]
+    enter = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if inside is not None:
+        enter = ["nsenter", "--pid", "--mount", f"--target={caller_host_pid(inside)}"]
     process = subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *script],
+        [*enter, *script],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,0 +1,300 @@
+"""Callers that mean harm: they delay nobody else, and reach no more than the driver would have given them directly.
+
+Each is a real program under the real filter, with the real daemon and an innocent container beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.conftest import StartStandIn
+from tests.kernel.harness import (
+    Caller,
+    caller_host_pid,
+    compile_c,
+    eventually,
+    injected,
+    kill_and_wait_for,
+    stop_and_wait_for,
+    system_calls,
+    under_filter,
+)
+from tests.kernel.test_calls import aided, unaided
+from tests.kernel.test_monitor import PIDFD_GETFD
+from tests.kernel.test_serve import Daemon, ask, up
+
+from .conftest import Record
+from .record import Row
+
+SECTION = "Hostile callers"
+
+
+@pytest.fixture(scope="session")
+def hostile_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hostile.c, compiled."""
+    return compile_c(Path(__file__).with_name("hostile.c"), tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, standin: StartStandIn) -> Iterator[Daemon]:
+    driver = standin("--era", "host")
+    started = Daemon(tmp_path, driver.control_node)
+    started.driver = driver.pid
+    yield started
+    started.end()
+
+
+class Scene:
+    """The daemon, an innocent container, and what monitor and supervisor have with just that."""
+
+    def __init__(self, daemon: Daemon, neighbour: Caller, place: Path) -> None:
+        self.daemon = daemon
+        self.neighbour = neighbour
+        self.place = place
+        self.calls = 0
+        self._before = self._at_rest()
+
+    def _taken(self) -> dict[str, int]:
+        return {
+            f"{name} {what}": len(list(Path(f"/proc/{pid}/{what}").iterdir()))
+            for name, pid in (("monitor", self.daemon.monitor), ("supervisor", self.daemon.process.pid))
+            for what in ("fd", "task")
+        }
+
+    def _at_rest(self) -> dict[str, int]:
+        """What they have when they are done with what was asked: the least of a while."""
+        samples = []
+        for _ in range(10):
+            samples.append(self._taken())
+            time.sleep(0.01)
+        return {name: min(sample[name] for sample in samples) for name in samples[0]}
+
+    def neighbour_is_served(self, calls: int = 20) -> None:
+        """Each of its calls is answered rightly."""
+        assert [ask(self.neighbour) for _ in range(calls)] == ["pids= 1"] * calls
+        self.calls += calls
+
+    def leaks(self) -> str:
+        """What is left when the hostile ones are gone."""
+        eventually(lambda: self._taken() == self._before, "nothing is left")
+        return "none"
+
+    @contextlib.contextmanager
+    def hostile(self, program: Path, case: str, inside: Caller | None = None) -> Iterator[Caller]:
+        """A container that is attached, and about to do what the case is named for; or one more process of one."""
+        command = program, self.daemon.node.parent, case, self.place
+        with under_filter(*command, inside=inside) as caller:
+            self.daemon.attach(caller)
+            try:
+                up(caller)
+                yield caller
+            finally:
+                if inside is None:
+                    kill_container(caller)
+
+
+def kill_container(caller: Caller) -> None:
+    """All its processes, as cgroup.kill does: one that is the file server of another cannot die after it."""
+
+    def below(pid: int) -> Iterator[int]:
+        yield pid
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from below(int(child))
+
+    for pid in [*below(caller.process.pid)][1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def scene(daemon: Daemon, caller_program: Path, tmp_path: Path) -> Iterator[Scene]:
+    place = tmp_path / "place"
+    place.mkdir()
+    with under_filter(caller_program, daemon.node.parent, "on_demand") as neighbour:
+        daemon.attach(neighbour)
+        up(neighbour)
+        eventually(lambda: ask(neighbour) == "pids= 1", "the neighbour is translated")
+        yield Scene(daemon, neighbour, place)
+
+
+def served(caller: Caller, calls: int = 20) -> None:
+    """One that is in the namespace of another that uses the GPU: each of its calls is answered rightly."""
+    status = Path(f"/proc/{caller_host_pid(caller)}/status").read_text()
+    own = next(line.split()[-1] for line in status.splitlines() if line.startswith("NSpid:"))
+    assert [ask(caller) for _ in range(calls)] == [f"pids= 1 {own}"] * calls
+
+
+def waits(scene: Scene) -> list[str]:
+    """In what the monitor's threads wait, as the kernel names it."""
+    found = []
+    for task in Path(f"/proc/{scene.daemon.monitor}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append((task / "wchan").read_text())
+    return found
+
+
+def test_a_thousand_threads_that_call_without_pause_keep_nobody_from_a_right_answer(
+    scene: Scene, hostile_program: Path, record: Record
+) -> None:
+    with scene.hostile(hostile_program, "crowd") as crowd:
+        crowd.poke()
+        made = wrong = 0
+        while made < 1000:
+            scene.neighbour_is_served()
+            crowd.poke()
+            made, wrong = (int(word.partition("=")[2]) for word in crowd.line().split())
+        assert wrong == 0, "they are served as well"
+    leaks = scene.leaks()
+    record(Row(SECTION, "1,000 threads that call without pause", made, "translated; its neighbour, too", leaks))
+
+
+def test_a_caller_that_is_stopped_and_takes_no_answer(scene: Scene, caller_program: Path, record: Record) -> None:
+    with scene.hostile(caller_program, "on_demand") as stopped:
+        host_pid = caller_host_pid(stopped)
+        stop_and_wait_for(scene.daemon.driver)
+        stopped.poke()
+        eventually(lambda: scene.daemon.calls_of(scene.daemon.monitor) == 1, "its call is under way")
+        os.kill(host_pid, signal.SIGSTOP)
+        os.kill(scene.daemon.driver, signal.SIGCONT)
+        scene.neighbour_is_served()
+        os.kill(host_pid, signal.SIGCONT)
+        assert stopped.line() == "pids= 1"
+    record(Row(SECTION, "one that is stopped and takes no answer", 1, "translated, when it goes on", scene.leaks()))
+
+
+def test_a_caller_that_sits_in_a_signals_handler(scene: Scene, hostile_program: Path, record: Record) -> None:
+    with scene.hostile(hostile_program, "handler") as caught:
+        caught.poke()
+        assert caught.line() == "in the handler"
+        scene.neighbour_is_served()
+        for _ in range(20):
+            caught.poke()
+            assert caught.line() == "pids= 1", "another thread of the same process"
+    record(Row(SECTION, "one that sits in a signal's handler", 1, "its other threads are translated", scene.leaks()))
+
+
+def test_a_caller_that_dies_during_its_calls(scene: Scene, caller_program: Path, record: Record) -> None:
+    """At each moment: tests/kernel/test_monitor.py."""
+    for _ in range(20):
+        with scene.hostile(caller_program, "on_demand") as dying:
+            dying.poke()
+            kill_and_wait_for(caller_host_pid(dying))
+            scene.neighbour_is_served(2)
+    record(Row(SECTION, "one that dies and takes no answer", 20, "nothing; its neighbour is translated", scene.leaks()))
+
+
+#: Memory that whoever reads it waits for, for good.
+ABSENT = {
+    "userfault_nvos54": "NVOS54 behind a userfaultfd that is never answered",
+    "silent_nvos54": "NVOS54 in a FUSE file whose server never answers",
+    "silent_params": "params in a FUSE file whose server never answers",
+}
+
+
+def hangs(scene: Scene) -> bool:
+    """Whether a thread of the monitor waits for a page of memory."""
+    return any("userfault" in place or "request_wait" in place for place in waits(scene))
+
+
+@pytest.mark.parametrize("case", ABSENT)
+def test_memory_that_is_never_there_holds_up_its_own_listener_at_most(
+    scene: Scene, hostile_program: Path, caller_program: Path, record: Record, case: str
+) -> None:
+    with (
+        scene.hostile(hostile_program, case) as stuck,
+        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
+    ):
+        stuck.poke()
+        eventually(lambda: hangs(scene), "the monitor's thread for it hangs")
+        served(second)
+        scene.neighbour_is_served()
+        assert hangs(scene)
+        assert not stuck.says_something_within(0)
+    record(Row(SECTION, ABSENT[case], 1, "waits until it is killed; all others are translated", scene.leaks()))
+
+
+def test_params_behind_a_userfaultfd_are_not_waited_for(scene: Scene, hostile_program: Path, record: Record) -> None:
+    with scene.hostile(hostile_program, "userfault_params") as impatient:
+        impatient.poke()
+        assert impatient.line() == "it came back"
+        scene.neighbour_is_served()
+    what = "params behind a userfaultfd that is never answered"
+    record(Row(SECTION, what, 1, "the driver's own; all others are translated", scene.leaks()))
+
+
+#: A file of a FUSE server that answers neither to what it is nor to the rest, where the control node should be.
+SILENT = {
+    "silent_ioctl": "a control node that is a FUSE file: stat and ioctl never answered",
+    "silent_close": "a control node that is a FUSE file: stat and close never answered",
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_a_control_node_that_never_answers_holds_up_nobody_but_its_caller(
+    scene: Scene, hostile_program: Path, caller_program: Path, record: Record, case: str
+) -> None:
+    with (
+        scene.hostile(hostile_program, case) as stuck,
+        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
+    ):
+        stuck.poke()
+        wchan = Path(f"/proc/{caller_host_pid(stuck)}/wchan")
+        eventually(lambda: "request_wait" in wchan.read_text(), "the caller waits for its file")
+        served(second)
+        scene.neighbour_is_served()
+        assert not hangs(scene)
+        if case == "silent_close":
+            assert stuck.line().startswith("ret=-1 errno=25"), "its ioctl was its server's to answer"
+    record(Row(SECTION, SILENT[case], 1, "what its file gives it; all others are translated", scene.leaks()))
+
+
+def test_a_silent_file_that_is_fetched_after_all_holds_up_its_own_listener_at_most(
+    scene: Scene, hostile_program: Path, caller_program: Path, record: Record
+) -> None:
+    """It takes the control node's place between the monitor's look and the fetch; to close it asks its server."""
+    with (
+        scene.hostile(hostile_program, "silent_put_in_place") as stuck,
+        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
+    ):
+        number = Path(f"/proc/{caller_host_pid(stuck)}/fd/3")
+        with injected(scene.daemon.monitor, "--inject=pidfd_getfd:delay_enter=1s:when=1"):
+            stuck.poke()
+            eventually(lambda: PIDFD_GETFD in system_calls(scene.daemon.monitor), "the monitor is to fetch")
+            stuck.poke()
+            eventually(lambda: str(scene.place) in str(number.readlink()), "it gets another file")
+            eventually(lambda: hangs(scene), "the monitor's thread for it hangs")
+            served(second, calls=2)
+            scene.neighbour_is_served(2)
+            assert hangs(scene)
+            kill_container(stuck)  # strace lets go of no thread that hangs
+    what = "a silent FUSE file that takes the control node's place while it is fetched"
+    record(Row(SECTION, what, 1, "waits until it is killed; all others are translated", scene.leaks()))
+
+
+#: Names of cases, and what is crafted.
+CRAFTED = {
+    "xfer_in_xfer": "an XFER call in an XFER call",
+    "xfer_to_itself": "an XFER call that points to itself",
+    "xfer_sizes": "an XFER call of every wrong size",
+    "xfer_pointers": "an XFER call that points nowhere, half somewhere, to the kernel",
+    "xfer_half_mapped": "an XFER call that is only half there, or not",
+    "xfer_overlapping": "an NVOS54 that is its own params, in an XFER call",
+}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_crafted_wrapper_gets_what_the_driver_gives_it(
+    standin: StartStandIn, hostile_program: Path, record: Record, case: str
+) -> None:
+    node = standin().control_node
+    got = aided(node, hostile_program, node.parent, case)
+    assert got == unaided(hostile_program, node.parent, case)
+    record(Row(SECTION, CRAFTED[case], got.count("\n"), "the driver's own", "none"))
