@@ -13,6 +13,7 @@ from hypothesis import settings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", type=Path, metavar="FILE", help="append what each fault did (tests/kernel/faults)")
+    parser.addoption("--calls", type=int, default=2000, metavar="N", help="how many the soak makes (default 2000)")
 
 
 def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001 - pytest's signature

@@ -17,17 +17,34 @@ from ..harness import eventually
 _QUOTA_US, _PERIOD_US = 1000, 10_000
 
 
-def _mounts() -> Iterator[tuple[str, Path, list[str]]]:
+class _Hierarchy(NamedTuple):
+    """A mounted file system of control groups."""
+
+    kind: str
+    place: Path
+    controllers: list[str]  # of version 1, among other mount options
+
+    def home(self, pid: int) -> Path:
+        """The group that a process is in."""
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" if self.kind == "cgroup2" else set(controllers.split(",")) & set(self.controllers):
+                return self.place / path.lstrip("/")
+        raise AssertionError(f"process {pid} is in no group of {self.place}")
+
+
+def _hierarchies() -> Iterator[_Hierarchy]:
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, place, kind, options, *_ = line.split()
         if kind in ("cgroup", "cgroup2"):
-            yield kind, Path(place), options.split(",")
+            yield _Hierarchy(kind, Path(place), options.split(","))
 
 
 @contextmanager
-def _moved(pid: int, parent: Path, settings: dict[str, str]) -> Iterator[Path]:
+def _moved(pid: int, hierarchy: _Hierarchy, settings: dict[str, str]) -> Iterator[Path]:
     """A process in a new group of its own, and afterwards back where it was."""
-    group = parent / f"mpu-notify-test-{os.getpid()}"
+    home = hierarchy.home(pid)
+    group = hierarchy.place / f"mpu-notify-test-{os.getpid()}"
     group.mkdir()
     try:
         for name, value in settings.items():
@@ -36,21 +53,21 @@ def _moved(pid: int, parent: Path, settings: dict[str, str]) -> Iterator[Path]:
         yield group
     finally:
         if Path(f"/proc/{pid}").exists():
-            (parent / "cgroup.procs").write_text(str(pid))
+            (home / "cgroup.procs").write_text(str(pid))
         group.rmdir()
 
 
 @contextmanager
 def starved(pid: int) -> Iterator[None]:
     """Have a process share next to nothing of a processor with one that takes all it can."""
-    for kind, place, options in _mounts():
-        if kind == "cgroup" and "cpu" in options:
+    for each in _hierarchies():
+        if each.kind == "cgroup" and "cpu" in each.controllers:
             settings = {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": str(_QUOTA_US)}
-        elif kind == "cgroup2" and "cpu" in (place / "cgroup.subtree_control").read_text().split():
+        elif each.kind == "cgroup2" and "cpu" in (each.place / "cgroup.subtree_control").read_text().split():
             settings = {"cpu.max": f"{_QUOTA_US} {_PERIOD_US}"}
         else:
             continue
-        with _moved(pid, place, settings) as group, _hog(group):
+        with _moved(pid, each, settings) as group, _hog(group):
             yield
         return
     pytest.skip("no cgroup file system with a cpu controller is mounted")
@@ -85,10 +102,10 @@ _FREEZERS = {
 def frozen(pid: int, kind: str) -> Iterator[None]:
     """Freeze a process by the groups of a version; when this is left it is frozen, at the latest after its call."""
     freezer = _FREEZERS[kind]
-    for each, place, options in _mounts():
-        if each != kind or (kind == "cgroup" and "freezer" not in options):
+    for each in _hierarchies():
+        if each.kind != kind or (kind == "cgroup" and "freezer" not in each.controllers):
             continue
-        with _moved(pid, place, {}) as group:
+        with _moved(pid, each, {}) as group:
             (group / freezer.file).write_text(freezer.freeze)
             try:
                 yield

@@ -23,7 +23,15 @@ THE_DRIVERS_OWN = "pid=1 result=0x0 private=0"
 #: What the kernel says of a file whose FUSE server, here the driver, has died.
 NOT_CONNECTED = f"ret=-1 errno={errno.ENOTCONN}"
 
-_WORDS = {TRANSLATED: "translated", THE_DRIVERS_OWN: "the driver's own", NOT_CONNECTED: "the kernel's own, ENOTCONN"}
+#: What it says where nobody has the filter's listener any more.
+NO_SYSTEM_CALL = f"ret=-1 errno={errno.ENOSYS}"
+
+_WORDS = {
+    TRANSLATED: "translated",
+    THE_DRIVERS_OWN: "the driver's own",
+    NOT_CONNECTED: "the kernel's own, ENOTCONN",
+    NO_SYSTEM_CALL: "ENOSYS",
+}
 
 
 def in_words(answer: str) -> str:

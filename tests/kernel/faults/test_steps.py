@@ -19,7 +19,7 @@ from .cgroups import frozen, starved
 from .conftest import MakeScene, Record
 from .gate import SECTION, STEPS, Step, gate, is_from
 from .record import Row
-from .scene import NOT_CONNECTED, THE_DRIVERS_OWN, TRANSLATED, Scene, in_words
+from .scene import NO_SYSTEM_CALL, NOT_CONNECTED, THE_DRIVERS_OWN, TRANSLATED, Scene, in_words
 
 
 @contextmanager
@@ -157,6 +157,29 @@ def test_a_caller_killed_at_any_step_leaves_nothing_behind(
         record(Row(SECTION, "caller killed", 1, "its end", "none"))
     warned = [line for line in scene.daemon.log.read_text().splitlines() if " warning " in line]
     assert not warned, "that a caller has died is no fault of anything"
+
+
+@pytest.mark.parametrize("step", [STEPS[0], STEPS[11], STEPS[-2]], ids=lambda step: step.name)
+def test_monitor_and_supervisor_killed_at_once_is_where_it_ends(
+    make_scene: MakeScene, gate_program: Path, record: Record, step: Step
+) -> None:
+    scene = make_scene()
+    with scene.container():
+        monitor = scene.daemon.find_monitor()
+        with Path(os.devnull).open() as null:  # the test's own duplicate of the listener would keep the caller waiting
+            os.dup2(null.fileno(), scene.caller.listener)
+        with gate(gate_program, monitor, step) as held:
+            scene.caller.poke("i")
+            held.reached()
+            scene.daemon.process.kill()
+            scene.daemon.process.wait()
+            kill_and_wait_for(monitor)
+            held.open()
+        assert scene.caller.line().startswith(NO_SYSTEM_CALL)
+        assert scene.ask().startswith(NO_SYSTEM_CALL)
+        fault = "monitor and supervisor killed at once, and nobody keeps the listeners"
+        record(Row(SECTION, fault, 1, in_words(NO_SYSTEM_CALL), "none"))
+    scene.daemon.start()
 
 
 @pytest.fixture
