@@ -92,7 +92,7 @@ reliability: build
 	$(BIN)/pytest tests/kernel/faults $(SOAK) --rows $(ROWS)
 	$(BIN)/python -m tests.kernel.faults.table $(ROWS) docs/reliability.md
 
-# As many calls through one daemon; make test makes a few of them.
+# 100,000 calls through one daemon; make test makes 2,000.
 soak: build
 	$(BIN)/pytest tests/kernel/faults/test_soak.py $(SOAK)
 
