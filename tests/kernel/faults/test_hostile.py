@@ -6,6 +6,7 @@ Each is a real program under the real filter, with the real daemon and an innoce
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mpu_notify.rm.controls import CONTROL_TABLE
 from tests.kernel.conftest import StartStandIn
 from tests.kernel.harness import (
     Caller,
@@ -34,6 +36,9 @@ from .conftest import Record
 from .record import Row
 
 SECTION = "Hostile callers"
+
+#: hostile.c has the same.
+SWAPPED_CALLS = 30000
 
 
 @pytest.fixture(scope="session")
@@ -298,3 +303,40 @@ def test_a_crafted_wrapper_gets_what_the_driver_gives_it(
     got = aided(node, hostile_program, node.parent, case)
     assert got == unaided(hostile_program, node.parent, case)
     record(Row(SECTION, CRAFTED[case], got.count("\n"), "the driver's own", "none"))
+
+
+def test_a_caller_that_changes_everything_while_it_is_looked_at(
+    tmp_path: Path, standin: StartStandIn, hostile_program: Path, caller_program: Path, record: Record
+) -> None:
+    """Arguments, params, file: the stand-in tells what it was asked, by whom, and on whose file."""
+    trace = tmp_path / "trace"
+    others = standin()
+    daemon = Daemon(tmp_path, standin("--era", "host", "--trace", str(trace)).control_node)
+    try:
+        with under_filter(caller_program, daemon.node.parent, "on_demand") as neighbour:
+            daemon.attach(neighbour)
+            up(neighbour)
+            eventually(lambda: ask(neighbour) == "pids= 1", "the neighbour is translated")
+            scene = Scene(daemon, neighbour, others.control_node.parent)
+            innocent = caller_host_pid(neighbour)
+            with scene.hostile(hostile_program, "swap") as swapping:
+                swapper = caller_host_pid(swapping)
+                swapping.poke()
+                while not swapping.says_something_within(0):
+                    scene.neighbour_is_served(1)
+                said = swapping.line()
+                monitor = {int(task.name) for task in Path(f"/proc/{daemon.monitor}/task").iterdir()}
+            leaks = scene.leaks()
+    finally:
+        daemon.end()
+    assert said == f"calls={SWAPPED_CALLS} some_done=1 protected_memory_is_as_it_was=1"
+    asked = [json.loads(line) for line in trace.read_text().splitlines()]
+    ours = [line for line in asked if line["by"] in monitor]
+    for_it = [line for line in ours if line["opened_by"] == swapper]
+    assert any(line.get("status") == "0x0" for line in for_it), "some of its calls were performed for it"
+    assert {line["opened_by"] for line in ours} == {swapper, innocent}, "on files of the callers' own"
+    assert {line["by"] for line in asked if line["opened_by"] == swapper} <= {swapper, *monitor}
+    assert {line["device"] for line in ours} == {"nvidiactl"}
+    assert {(int(line["control"], 16), line["size"]) for line in ours} <= set(CONTROL_TABLE), "and nothing else"
+    got = f"translated or the driver's own; {len(for_it):,} controls performed, all in the table, on its own file"
+    record(Row(SECTION, "one that changes arguments, params and files during its calls", SWAPPED_CALLS, got, leaks))
