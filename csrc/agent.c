@@ -23,6 +23,7 @@
 #define STATE_MS 5000           /* for all of it to come */
 #define STATE_FDS_MAX 16
 #define ARRIVING_MAX 64
+#define ARRIVAL_FILES 8 /* connection, listener, state, slot, and for calls under way */
 #define THREAD_STACK_BYTES (128 * 1024)
 #define READ_BYTES (16 * 1024)
 
@@ -270,20 +271,51 @@ static int start_arrival(struct monitor *monitor, int connection, const struct u
     return error;
 }
 
-void agent_accept(struct monitor *monitor)
+/* Whether there can be as many files more as one that comes may bring and need: a listener that has none is lost. */
+static int check_room(const struct monitor *monitor)
 {
-    int connection = accept4(monitor->agent, NULL, NULL, SOCK_CLOEXEC);
+    int files[ARRIVAL_FILES], count = 0, error;
+
+    while (count < ARRIVAL_FILES && (files[count] = fcntl(monitor->agent, F_DUPFD_CLOEXEC, 0)) >= 0)
+        count++;
+    error = count < ARRIVAL_FILES ? -errno : 0;
+    while (count > 0)
+        close(files[--count]);
+    return error;
+}
+
+/* The next connection: one that there was no thread for, or a new one. */
+static int next_connection(struct monitor *monitor)
+{
+    int connection = monitor->unstarted, error = check_room(monitor);
+
+    if (error)
+        return error;
+    if (connection < 0)
+        connection = accept4(monitor->agent, NULL, NULL, SOCK_CLOEXEC);
+    monitor->unstarted = -1;
+    return connection < 0 ? -errno : connection;
+}
+
+int agent_accept(struct monitor *monitor)
+{
+    int connection = next_connection(monitor);
     struct ucred peer = {0};
     int error;
 
     if (connection < 0)
-        return; /* it hung up meanwhile, or there are no fds: what waits in the backlog is tried again */
+        return connection; /* it hung up meanwhile, or there are no fds: what waits in the backlog is tried again */
     /* A runtime on a busy machine may have exited: refusing would break its container, which must not be. */
     error = peer_check(connection, true, &peer);
-    if (!error)
+    if (!error) {
         error = start_arrival(monitor, connection, &peer);
-    if (error) {
-        refuse(monitor, &peer, error);
-        close(connection);
+        if (error) { /* a container whose listener was refused would lose the driver */
+            monitor->unstarted = connection;
+            return -ENOMEM;
+        }
+        return 0;
     }
+    refuse(monitor, &peer, error);
+    close(connection);
+    return 0;
 }

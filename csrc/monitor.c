@@ -16,8 +16,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define HURRY_MS 10    /* between two reminders to threads that are to let go of their listeners */
-#define RETIRE_MS 2000 /* for calls under way to end, where the service manager ends us */
+#define PAUSE_MS 100            /* before trying again what there were no files or no memory for */
+#define SHORTAGE_EVERY_MS 60000 /* it is said */
+#define HURRY_MS 10             /* between two reminders to threads that are to let go of their listeners */
+#define RETIRE_MS 2000          /* for calls under way to end, where the service manager ends us */
 
 void monitor_wake(struct monitor *monitor)
 {
@@ -99,19 +101,15 @@ static int say(struct monitor *monitor, struct mpu_header *head, size_t size, co
     return packet_send(monitor->supervisor, &parcel, 0);
 }
 
-/* Give the supervisor a fresh channel to a listener. -ETIMEDOUT where it must be tried again later. */
+/* Give the supervisor a fresh channel to a listener. -ETIMEDOUT, or a shortage, where it must be tried again later. */
 static int announce(struct monitor *monitor, struct listener *listener)
 {
     struct mpu_attached attached = {.header = {.type = MPU_ATTACHED, .listener = listener->id},
                                     .identity = listener->slot->identity};
     int ends[2], error;
 
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends)) {
-        attached.error = errno; /* it is served, with continue */
-        error = say(monitor, &attached.header, sizeof(attached), NULL, 0);
-        listener->announced = !error;
-        return error;
-    }
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
+        return -errno; /* until then it is served, with continue */
     /* First, because a call may come as soon as the supervisor knows. */
     if (listener->fresh >= 0)
         close(listener->fresh);
@@ -233,23 +231,24 @@ static void drop_newcomer(struct monitor *monitor)
 }
 
 /* Who connects says next what it is. The last one counts. */
-static void accept_newcomer(struct monitor *monitor)
+static int accept_newcomer(struct monitor *monitor)
 {
     int newcomer = accept4(monitor->control, NULL, NULL, SOCK_CLOEXEC);
     struct ucred peer = {0};
 
     if (newcomer < 0)
-        return;
+        return -errno;
     if (peer_check(newcomer, false, &peer)) {
         peer_complain(monitor, &peer, "control", PEER_REFUSED);
         close(newcomer);
-        return;
+        return 0;
     }
     drop_newcomer(monitor);
     monitor->newcomer = newcomer;
     monitor->newcomer_pid = (uint32_t)peer.pid;
     if (monitor_greet(monitor, newcomer))
         drop_newcomer(monitor);
+    return 0;
 }
 
 /* A supervisor that connects takes the place of the one before. */
@@ -385,7 +384,7 @@ static bool may_end(struct monitor *monitor)
 {
     LOCKED(&monitor->lock);
 
-    if (monitor->listeners || monitor->arriving || monitor->predecessor >= 0)
+    if (monitor->listeners || monitor->arriving || monitor->unstarted >= 0 || monitor->predecessor >= 0)
         return false;
     if (monitor->successor >= 0)
         return true;
@@ -406,13 +405,39 @@ static void take_signal(struct monitor *monitor, uint64_t *end_by)
     }
 }
 
+/* What there are no files or no memory for stays there, and would wake us again at once: try it again after a while. */
+static void heed_shortage(struct monitor *monitor, int error)
+{
+    uint64_t now = now_ns(CLOCK_MONOTONIC);
+
+    if (!is_shortage(error))
+        return;
+    if (!monitor->shortage_said_at || now - monitor->shortage_said_at > SHORTAGE_EVERY_MS * NS_PER_MS) {
+        complain("a container or a supervisor has to wait: %s; trying on", strerror(-error));
+        monitor->shortage_said_at = now;
+    }
+    monitor->paused_until = now + PAUSE_MS * NS_PER_MS;
+}
+
+/* How long to wait for events at most, in ms: -1 for good. */
+static int patience(struct monitor *monitor, bool paused)
+{
+    if (!paused && monitor->unstarted >= 0)
+        return 0;
+    if (monitor->yielding || !is_settled(monitor))
+        return HURRY_MS;
+    return paused ? PAUSE_MS : -1;
+}
+
 void monitor_serve(struct monitor *monitor, struct packet *packet)
 {
     uint64_t end_by = UINT64_MAX;
 
     while (!may_end(monitor) && now_ns(CLOCK_MONOTONIC) < end_by) {
-        bool news = monitor->supervisor >= 0 && monitor->configured && announce_all(monitor) == -ETIMEDOUT;
-        bool accepts = monitor->successor < 0 && is_settled(monitor);
+        bool paused = now_ns(CLOCK_MONOTONIC) < monitor->paused_until;
+        int announced = monitor->supervisor >= 0 && monitor->configured && !paused ? announce_all(monitor) : 0;
+        bool news = announced == -ETIMEDOUT;
+        bool accepts = monitor->successor < 0 && is_settled(monitor) && !paused;
         struct pollfd polled[] = {
             {.fd = monitor->supervisor, .events = (short)(POLLIN | (news ? POLLOUT : 0))},
             {.fd = accepts ? monitor->control : -1, .events = POLLIN},
@@ -427,15 +452,15 @@ void monitor_serve(struct monitor *monitor, struct packet *packet)
 
         if (monitor->yielding)
             hurry(monitor);
-        if (poll(polled, sizeof(polled) / sizeof(polled[0]),
-                 monitor->yielding || !is_settled(monitor) ? HURRY_MS : -1) < 0)
+        heed_shortage(monitor, announced);
+        if (poll(polled, sizeof(polled) / sizeof(polled[0]), patience(monitor, paused || is_shortage(announced))) < 0)
             continue;
         if (polled[3].revents && read(monitor->wake, &count, sizeof(count)) < 0)
             continue;
         if (polled[4].revents)
             take_signal(monitor, &end_by);
-        if (polled[2].revents)
-            agent_accept(monitor);
+        if (polled[2].revents || (!paused && monitor->unstarted >= 0))
+            heed_shortage(monitor, agent_accept(monitor));
         if (polled[0].revents)
             serve_supervisor(monitor, packet);
         if (polled[6].revents)
@@ -445,7 +470,7 @@ void monitor_serve(struct monitor *monitor, struct packet *packet)
         if (polled[5].revents)
             serve_newcomer(monitor, packet);
         if (polled[1].revents)
-            accept_newcomer(monitor);
+            heed_shortage(monitor, accept_newcomer(monitor));
         if (!is_settled(monitor))
             settle(monitor);
     }

@@ -68,9 +68,12 @@ struct monitor {
     uint32_t supervisor_pid;
     uint32_t newcomer_pid;
     bool configured; /* the supervisor that is there has said what it wants */
+    int unstarted;   /* a connection on `agent` that there was no memory for, to be tried again; -1 for none */
     bool leaving;
-    bool is_sole; /* no other monitor serves the sockets: it has their lock, or they are nobody else's */
-    bool is_kept; /* by a service manager, which starts us again with what it keeps for us */
+    uint64_t paused_until;     /* CLOCK_MONOTONIC, ns: for want of files or memory nothing is accepted or announced */
+    uint64_t shortage_said_at; /* CLOCK_MONOTONIC, ns */
+    bool is_sole;              /* no other monitor serves the sockets: it has their lock, or they are nobody else's */
+    bool is_kept;              /* by a service manager, which starts us again with what it keeps for us */
 
     int wake;    /* an eventfd: there is news for the main thread */
     int signals; /* a signalfd: SIGTERM */
@@ -134,8 +137,8 @@ int listener_tell(struct listener *listener, struct mpu_header *head, size_t hea
 /* Start a detached thread with a small stack. */
 int thread_start(void *(*body)(void *), void *argument);
 
-/* Accept one connection on the agent socket and see to it in a thread of its own. */
-void agent_accept(struct monitor *monitor);
+/* Accept one connection on the agent socket and see to it in a thread of its own. Fails where none can be accepted. */
+int agent_accept(struct monitor *monitor);
 
 /* Whether more connections than that wait to be read, so that none is to be accepted. */
 bool agent_is_busy(struct monitor *monitor);

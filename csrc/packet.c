@@ -61,6 +61,11 @@ void packet_add_fds(struct msghdr *message, struct packet_control *room, const i
     message->msg_controllen = CMSG_SPACE(size);
 }
 
+bool is_shortage(int error)
+{
+    return error == -EMFILE || error == -ENFILE || error == -ETOOMANYREFS || error == -ENOMEM || error == -ENOBUFS;
+}
+
 int packet_send(int socket, const struct parcel *parcel, uint64_t deadline)
 {
     struct packet_control control = {0};
@@ -74,6 +79,8 @@ int packet_send(int socket, const struct parcel *parcel, uint64_t deadline)
     parcel->head->version = MPU_PROTOCOL_VERSION;
     parcel->head->length = (uint32_t)(parcel->head_size + parcel->body_size);
     while (sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
+        if (is_shortage(-errno))
+            return -errno;
         if (errno != EAGAIN && errno != EINTR)
             return -EPIPE;
         if (poll(&polled, 1, ms_until(deadline)) == 0)

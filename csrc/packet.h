@@ -55,7 +55,13 @@ struct packet_control {
 /* Have fds, at most PACKET_FDS_MAX, go with a message. The room must last until it is sent. */
 void packet_add_fds(struct msghdr *message, struct packet_control *room, const int *fds, size_t n_fds);
 
-/* Waits for room until the deadline; -EPIPE where the other end is gone, -ETIMEDOUT where there was no room. */
+/* Whether a negative errno says that there are no files, or no memory, for now. */
+bool is_shortage(int error);
+
+/*
+ * Waits for room until the deadline; -EPIPE where the other end is gone, -ETIMEDOUT where there was no room, another
+ * one where there is a shortage.
+ */
 int packet_send(int socket, const struct parcel *parcel, uint64_t deadline);
 
 /* The next packet; -EAGAIN where there is none, -EPIPE at the end. */

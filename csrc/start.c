@@ -305,6 +305,7 @@ int main(int argc, char **argv)
                               .predecessor = -1,
                               .successor = -1,
                               .control = -1,
+                              .unstarted = -1,
                               .agent = -1};
     AUTO_FREE struct packet *packet = malloc(sizeof(*packet));
     struct options options = {0};

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace) -> int:
     require_initial_namespace()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    _take_files()
     supervisor: Supervisor | None = None
     try:
         watch = _watch(wanted)
@@ -109,6 +111,12 @@ def main(args: argparse.Namespace) -> int:
             supervisor.monitor.leave()
             supervisor.monitor.close()
     return 0
+
+
+def _take_files() -> None:
+    """As many as we may have: a container takes four, and each exec in one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _settings(args: argparse.Namespace) -> configuration.Configuration:

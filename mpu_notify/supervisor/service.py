@@ -253,7 +253,8 @@ class Supervisor:
             # Mostly the caller was killed: the monitor will notice the same.
             event(log, logging.DEBUG, "no PID view", container=container.name, reason=str(error))
         except OSError as error:
-            event(log, logging.ERROR, "cannot translate", container=container.name, reason=str(error))
+            if self._causes.first((container.name, "cannot translate", error.errno)):
+                event(log, logging.ERROR, "cannot translate", container=container.name, reason=str(error))
         return None
 
     def _go_on(self, container: Container, channel: Channel, message: Request | Performed, told: Told | None) -> None:

@@ -1,0 +1,176 @@
+"""Limits that are reached: files, memory, the disk of the log. What there is no room for waits, and nobody spins."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.conftest import StartStandIn
+from tests.kernel.harness import Caller, caller_host_pid, eventually, under_filter
+from tests.kernel.test_serve import Daemon, ask, up
+
+from .conftest import Record
+from .record import Row
+
+SECTION = "Limits"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, standin: StartStandIn) -> Iterator[Daemon]:
+    started = Daemon(tmp_path, standin("--era", "host").control_node)
+    yield started
+    started.end()
+
+
+@contextlib.contextmanager
+def container(daemon: Daemon, caller_program: Path) -> Iterator[Caller]:
+    """One that is attached and translated."""
+    with under_filter(caller_program, daemon.node.parent, "on_demand") as caller:
+        daemon.attach(caller)
+        up(caller)
+        eventually(lambda: ask(caller) == "pids= 1", "it is translated")
+        yield caller
+
+
+@contextlib.contextmanager
+def limited(pid: int, what: int, most: int) -> Iterator[None]:
+    """A process's soft limit is lowered."""
+    soft, hard = resource.prlimit(pid, what)
+    resource.prlimit(pid, what, (most, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, what, (soft, hard))
+
+
+def the_drivers_own(*callers: Caller) -> str:
+    """What an untranslated call is told where these use the GPU."""
+    return " ".join(["pids=", *(str(caller_host_pid(each)) for each in callers)])
+
+
+def files_of(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def running_seconds(pid: int) -> float:
+    """How long its threads have run: sched-stats.rst, in ns."""
+    return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
+def assert_it_sleeps(pid: int) -> None:
+    before = running_seconds(pid)
+    time.sleep(0.5)
+    assert running_seconds(pid) - before < 0.1, "it does not spin"
+
+
+@pytest.mark.parametrize("left", range(5))
+def test_a_monitor_without_files_lets_those_who_come_wait(
+    daemon: Daemon, caller_program: Path, record: Record, left: int
+) -> None:
+    with container(daemon, caller_program) as first:
+        before = files_of(daemon.monitor)
+        with (
+            under_filter(caller_program, daemon.node.parent, "on_demand") as second,
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as supervisor,
+        ):
+            with limited(daemon.monitor, resource.RLIMIT_NOFILE, files_of(daemon.monitor) + left):
+                daemon.attach(second)
+                supervisor.connect(str(daemon.control))
+                assert_it_sleeps(daemon.monitor)
+                if left == 0:
+                    assert ask(first) == the_drivers_own(first)
+                assert daemon.says("a container or a supervisor has to wait: Too many open files; trying on")
+            up(second)
+            eventually(lambda: ask(second) == "pids= 1", "it is translated")
+            eventually(lambda: ask(first) == "pids= 1", "and the first again")
+        eventually(lambda: files_of(daemon.monitor) <= before, "nothing is left")
+    record(Row(SECTION, "no more files for the monitor", 2, "the driver's own; translated when there are", "none"))
+
+
+def test_listeners_that_cannot_be_passed_on_yet_are_passed_on_later(
+    daemon: Daemon, caller_program: Path, record: Record
+) -> None:
+    """For a user whose processes have sent too many files that nobody has taken yet, the kernel sends no more."""
+    with (
+        container(daemon, caller_program) as first,
+        under_filter(caller_program, daemon.node.parent, "on_demand") as second,
+    ):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with limited(daemon.monitor, resource.RLIMIT_NOFILE, files_of(daemon.monitor) + 20), ours, theirs:
+            for _ in range(4):
+                socket.send_fds(ours, [b"x"], [ours.fileno()] * 100)
+            daemon.attach(second)
+            up(second)
+            assert ask(second) == the_drivers_own(first, second)
+            assert daemon.says("a container or a supervisor has to wait: Too many references: cannot splice; trying on")
+            assert_it_sleeps(daemon.monitor)
+            assert ask(first) == "pids= 1"
+        eventually(lambda: ask(second) == "pids= 1", "it is translated")
+    record(Row(SECTION, "no more files in flight", 1, "the driver's own; translated when there are", "none"))
+
+
+def test_a_supervisor_takes_as_many_files_as_it_may(daemon: Daemon) -> None:
+    soft, hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+
+
+def test_a_supervisor_without_files_leaves_calls_to_the_driver(
+    daemon: Daemon, caller_program: Path, record: Record
+) -> None:
+    with (
+        container(daemon, caller_program) as first,
+        under_filter(caller_program, daemon.node.parent, "on_demand") as second,
+    ):
+        with limited(daemon.process.pid, resource.RLIMIT_NOFILE, files_of(daemon.process.pid)):
+            daemon.attach(second)
+            up(second)
+            assert ask(second) == the_drivers_own(first, second)
+            eventually(lambda: daemon.says("are there too many open?"), "it is said")
+            assert [ask(first) for _ in range(5)] == [the_drivers_own(first, second)] * 5
+            assert daemon.log.read_text().count("cannot translate") == 1
+            assert_it_sleeps(daemon.process.pid)
+        eventually(lambda: ask(first) == "pids= 1", "it is translated")
+        daemon.start()
+        eventually(lambda: ask(second) == "pids= 1", "by the next supervisor, the other is as well")
+    record(Row(SECTION, "no more files for the supervisor", 7, "the driver's own", "none"))
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of address space: proc(5), statm."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def test_a_monitor_without_memory_serves_and_lets_those_who_come_wait(
+    daemon: Daemon, caller_program: Path, record: Record
+) -> None:
+    with (
+        container(daemon, caller_program) as first,
+        under_filter(caller_program, daemon.node.parent, "on_demand") as second,
+    ):
+        with limited(daemon.monitor, resource.RLIMIT_AS, memory_of(daemon.monitor)):
+            daemon.attach(second)
+            eventually(lambda: daemon.says("has to wait: Cannot allocate memory; trying on"), "it is said")
+            assert_it_sleeps(daemon.monitor)
+            assert [ask(first) for _ in range(20)] == ["pids= 1"] * 20
+        up(second)
+        eventually(lambda: ask(second) == "pids= 1", "it is translated")
+    record(Row(SECTION, "no more memory for the monitor", 21, "translated; who comes waits", "none"))
+
+
+def test_a_supervisor_without_memory_leaves_calls_to_the_driver_at_worst(
+    daemon: Daemon, caller_program: Path, record: Record
+) -> None:
+    with container(daemon, caller_program) as caller:
+        with limited(daemon.process.pid, resource.RLIMIT_AS, 1 << 20):
+            got = {ask(caller) for _ in range(20)}
+        assert got <= {"pids= 1", the_drivers_own(caller)}
+        if daemon.process.poll() is not None:
+            daemon.start()
+        eventually(lambda: ask(caller) == "pids= 1", "it is translated")
+    record(Row(SECTION, "no more memory for the supervisor", 20, "translated or the driver's own", "none"))
