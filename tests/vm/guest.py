@@ -24,6 +24,7 @@ BUILD = REPOSITORY / "build" / "vm"
 _IMAGE = BUILD / "guest"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BOOT_SECONDS = 60
+_SYSTEMD_SECONDS = 240
 _OFF_SECONDS = 10
 _MEMORY_MIB = 1536
 _CONSOLE_TAIL = 100  # a panic has some 40
@@ -46,13 +47,16 @@ class Guest:
     Its emulator reads commands from one pipe and answers on another; the console goes to a file.
     """
 
-    def __init__(self) -> None:
-        """Boot; GuestError where that fails. Needs what install.sh prepares."""
+    def __init__(self, layer: Path | None = None) -> None:
+        """Boot; GuestError where that fails. Needs what install.sh prepares.
+
+        With a layer, a folder that lies over the machine's root, systemd is PID 1 and everything can be written.
+        """
         self._console = tempfile.TemporaryFile(prefix="mpu-notify-console-")  # noqa: SIM115 - closed in close
         fcntl.fcntl(self._console, fcntl.F_SETFL, os.O_APPEND)  # the emulator's own words go there too
         self._pending = b""
         self._process = subprocess.Popen(
-            _qemu(self._console.fileno()),
+            _qemu(self._console.fileno(), layer),
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -61,7 +65,7 @@ class Guest:
             start_new_session=True,
         )
         try:
-            self._line(time.monotonic() + _BOOT_SECONDS)
+            self._line(time.monotonic() + (_SYSTEMD_SECONDS if layer else _BOOT_SECONDS))
         except GuestError:
             self.close()
             raise
@@ -127,15 +131,18 @@ class Guest:
         return line.decode(errors="replace") + "\n"
 
 
-def _qemu(console: int) -> list[str]:
+def _qemu(console: int, layer: Path | None) -> list[str]:
     # Emulation, not KVM: it works wherever the tests run, and the same everywhere. One processor: more of them emulated
     # take twice the time.
+    init = "systemd" if layer else "agent"
+    folders = {"host": Path("/"), **({"layer": layer} if layer else {})}
+    shared = "security_model=none,readonly=on,multidevs=remap"
     return [
         *("qemu-system-x86_64", "-machine", "q35", "-cpu", "qemu64", "-accel", "tcg"),
         *("-smp", "1", "-m", str(_MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", str(_IMAGE / "vmlinux"), "-initrd", str(_IMAGE / "initramfs")),
-        *("-append", f"console=ttyS0 quiet panic=-1 oops=panic repository={REPOSITORY}"),
-        *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
+        *("-append", f"console=ttyS0 quiet panic=-1 oops=panic repository={REPOSITORY} guest={init}"),
+        *(word for tag, path in folders.items() for word in ("-virtfs", f"local,path={path},mount_tag={tag},{shared}")),
         *("-chardev", f"file,id=console,path=/dev/fd/{console},append=on", "-serial", "chardev:console"),
         *("-chardev", "stdio,id=port,signal=off", "-device", "virtio-serial-pci"),
         *("-device", "virtserialport,chardev=port"),

@@ -9,7 +9,7 @@ PACKAGES="busybox-static qemu-system-x86 seabios xz-utils"
 KERNEL=linux-image-amd64
 # In the order in which they need each other.
 MODULES="virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_console
-    9pnet 9pnet_virtio netfs fscache 9p fuse cuse"
+    9pnet 9pnet_virtio netfs fscache 9p fuse cuse overlay"
 
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../apt.sh"

@@ -1,0 +1,197 @@
+"""The daemon's life under systemd, played in a guest: installed as deploy/README.md says, its processes killed,
+restarted and upgraded, while a caller in a container asks all the time.
+
+    python -m tests.vm.life CALLER
+
+The last line of the output is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from mpu_notify.rm import abi
+from mpu_notify.standin.process import StandIn
+from tests.kernel.harness import Caller, caller_host_pid, eventually, under_filter
+
+from .guest import REPOSITORY
+
+DEPLOY = REPOSITORY / "deploy"
+AGENT = Path("/run/mpu-notify/agent.sock")
+ERA = Path("/run/mpu-notify/era.json")
+MONITOR, SUPERVISOR, PROBE = "mpu-notify-monitor.service", "mpu-notify.service", "mpu-notify-probe.service"
+UNITS = [MONITOR, "mpu-notify-monitor.socket", SUPERVISOR, "mpu-notify-probe.path"]
+PROGRAM = "mpu_notify/_bin/mpu-notify-monitor"
+_RIGHTS = ("Uid", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")
+_STATE = {"ociVersion": "1.1.0", "fds": ["seccompFd"], "pid": 1, "state": {"id": "one", "status": "creating"}}
+
+
+def commands() -> list[str]:
+    """What deploy/README.md says to type, word for word."""
+    block = (DEPLOY / "README.md").read_text().split("```console\n")[1].split("```")[0]
+    return [line.removeprefix("# ") for line in block.splitlines()]
+
+
+def said(*command: str | Path) -> str:
+    """What a command prints, whatever its exit status."""
+    return subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True).stdout.strip()
+
+
+class Pids(NamedTuple):
+    """The main processes of both units."""
+
+    monitor: int
+    supervisor: int
+
+
+def pids() -> Pids:
+    """0 where there is none."""
+    return Pids(
+        *(int(said("systemctl", "show", "--property=MainPID", "--value", unit)) for unit in (MONITOR, SUPERVISOR))
+    )
+
+
+class Asking:
+    """A caller that asks all the time, and what it is told."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.answers: list[str] = []
+        self._caller = caller
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        while not self._ended.is_set():
+            self._caller.poke()
+            self.answers.append(self._caller.line())
+            time.sleep(0.02)  # for the others: there is one processor
+
+    def until_right(self) -> None:
+        """Wait until its next answer but one, at the earliest, is its own process, by its own number."""
+        now = len(self.answers)
+        eventually(lambda: "pids= 1" in self.answers[now + 1 :], "the list is right")
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@contextmanager
+def asking(caller: Caller) -> Iterator[Asking]:
+    one = Asking(caller)
+    try:
+        yield one
+    finally:
+        one.end()
+
+
+def attach(caller: Caller) -> None:
+    """Be a runtime."""
+    with socket.socket(socket.AF_UNIX) as runtime:
+        runtime.connect(str(AGENT))
+        socket.send_fds(runtime, [json.dumps(_STATE).encode()], [caller.listener])
+
+
+def rights(pid: int) -> dict[str, list[str]]:
+    """What the kernel lets a process do."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {words[0][:-1]: words[1:] for words in lines if words[0][:-1] in _RIGHTS}
+
+
+def kill(*processes: int) -> None:
+    """SIGKILL, as near to at once as can be."""
+    for pid in processes:
+        os.kill(pid, signal.SIGKILL)
+
+
+def upgrade() -> None:
+    """Another file in the monitor's place, as a package manager puts it there, and what README.md says then."""
+    (program,) = Path("/opt/mpu-notify").glob(f"lib/python*/site-packages/{PROGRAM}")
+    new = program.with_suffix(".new")
+    shutil.copy(program, new)
+    new.rename(program)
+    subprocess.run(["systemctl", "restart", MONITOR], check=True)
+
+
+def changes() -> dict[str, tuple[list[str], Callable[[], object]]]:
+    """What happens to the units, and the processes of which there must be others afterwards."""
+
+    def restart(unit: str) -> object:
+        return subprocess.run(["systemctl", "restart", unit], check=True)
+
+    return {
+        "supervisor killed": (["supervisor"], lambda: kill(pids().supervisor)),
+        "monitor killed": (["monitor"], lambda: kill(pids().monitor)),
+        "both killed": (["monitor", "supervisor"], lambda: kill(*pids())),
+        "supervisor restarted": (["supervisor"], lambda: restart(SUPERVISOR)),
+        "monitor restarted": (["monitor"], lambda: restart(MONITOR)),
+        "monitor upgraded": (["monitor"], upgrade),
+    }
+
+
+def are_others(before: Pids, of: list[str]) -> bool:
+    now = pids()
+    return all(getattr(now, name) not in (0, getattr(before, name)) for name in of)
+
+
+def change(under: Asking, of: list[str], do: Callable[[], object]) -> dict[str, object]:
+    """What the processes were, and are, once the list is right again; and what the caller was told meanwhile."""
+    before, from_here = pids(), len(under.answers)
+    do()
+    eventually(lambda: are_others(before, of), f"another {of}")
+    under.until_right()
+    return {"before": before._asdict(), "after": pids()._asdict(), "told": sorted(set(under.answers[from_here:]))}
+
+
+def life(program: str) -> dict[str, object]:
+    """All of it."""
+    for command in commands():
+        subprocess.run(["bash", "-c", command], cwd=DEPLOY, stdout=sys.stderr, check=True)
+    states = {unit: said("systemctl", "is-active", unit) for unit in UNITS}
+    enabled = {unit: said("systemctl", "is-enabled", unit) for unit in UNITS}
+    with StandIn("--era", "host", devices=True), under_filter(program, abi.CONTROL_NODE.parent, "on_demand") as caller:
+        eventually(ERA.exists, "the driver is asked when it appears")
+        attach(caller)
+        caller.go()
+        assert caller.line() == "up"
+        with asking(caller) as under:
+            under.until_right()
+            return {
+                "states": states,
+                "enabled": enabled,
+                "era": json.loads(ERA.read_text()),
+                "rights": {name: rights(pid) for name, pid in pids()._asdict().items()},
+                "exposed": {unit: exposure(unit) for unit in (MONITOR, SUPERVISOR, PROBE)},
+                "changes": {name: change(under, *what) for name, what in changes().items()},
+                "host": caller_host_pid(caller),
+                "user": str(pwd.getpwnam("mpu-notify").pw_uid),
+                "program": str(Path(f"/proc/{pids().monitor}/exe").readlink()),
+            }
+
+
+def exposure(unit: str) -> float:
+    """What systemd-analyze says of a unit that is loaded: 0 is nothing, 10 everything."""
+    last = said("systemd-analyze", "security", "--no-pager", unit).splitlines()[-1]
+    return float(last.split(":")[1].split()[0])
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(life(sys.argv[1])))
+    except BaseException:
+        subprocess.run(["journalctl", "--no-pager", "--lines=60"], stdout=sys.stderr, check=False)
+        raise
