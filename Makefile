@@ -64,10 +64,11 @@ analyse: | tools
 engines:
 	tests/engines/install.sh
 
-# QEMU, the kernel that the tests boot in it, and old clients of the driver that they run there.
+# QEMU, the kernel that the tests boot in it, old clients of the driver that they run there, and an installation.
 vm:
 	tests/vm/install.sh
 	tests/vm/clients.sh
+	tests/vm/systemd.sh
 
 test: lint engines vm tools
 	$(BIN)/pytest

@@ -54,7 +54,8 @@ if SANITIZER:
     SANITIZE = [f"-fsanitize={SANITIZERS[SANITIZER]}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     CFLAGS += [*SANITIZE, f'-DREPORTS="{Path("reports").resolve()}"']
     LDFLAGS += SANITIZE
-    STARTED_OFTEN.clear()  # a sanitizer needs the dynamic loader
+    STARTED_OFTEN.clear()  # a sanitizer needs the dynamic loader, and this C library
+    STARTED_MOST.clear()
     for sources in PROGRAMS.values():
         sources.append("../tests/sanitize/options.c")
 else:

@@ -276,6 +276,7 @@ def test_a_supervisor_that_slept_through_it_all_does_no_harm_when_it_wakes_up(da
     first = daemon.process
     stop_and_wait_for(first.pid)
     daemon.start()
+    eventually(lambda: ask(caller) == "pids= 1", "the other one knows the caller")
     kill_and_wait_for(daemon.monitor)
     eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
     after = daemon.monitors()

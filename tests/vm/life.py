@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from mpu_notify.rm import abi
 from mpu_notify.standin.process import StandIn
+from tests.kernel import harness
 from tests.kernel.harness import Caller, caller_host_pid, eventually, under_filter
 
 from .guest import REPOSITORY
@@ -33,7 +34,8 @@ DEPLOY = REPOSITORY / "deploy"
 AGENT = Path("/run/mpu-notify/agent.sock")
 ERA = Path("/run/mpu-notify/era.json")
 MONITOR, SUPERVISOR, PROBE = "mpu-notify-monitor.service", "mpu-notify.service", "mpu-notify-probe.service"
-UNITS = [MONITOR, "mpu-notify-monitor.socket", SUPERVISOR, "mpu-notify-probe.path"]
+SOCKET = "mpu-notify-monitor.socket"
+UNITS = [MONITOR, SOCKET, SUPERVISOR, "mpu-notify-probe.path"]
 PROGRAM = "mpu_notify/_bin/mpu-notify-monitor"
 _RIGHTS = ("Uid", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")
 _STATE = {"ociVersion": "1.1.0", "fds": ["seccompFd"], "pid": 1, "state": {"id": "one", "status": "creating"}}
@@ -48,6 +50,11 @@ def commands() -> list[str]:
 def said(*command: str | Path) -> str:
     """What a command prints, whatever its exit status."""
     return subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True).stdout.strip()
+
+
+def systemctl(*command: str) -> None:
+    """Have systemd do something."""
+    subprocess.run(["systemctl", *command], check=True)
 
 
 class Pids(NamedTuple):
@@ -100,10 +107,12 @@ def asking(caller: Caller) -> Iterator[Asking]:
 
 
 def attach(caller: Caller) -> None:
-    """Be a runtime."""
+    """Be a runtime, which does not keep the listener: from here on only the daemon has it."""
     with socket.socket(socket.AF_UNIX) as runtime:
         runtime.connect(str(AGENT))
         socket.send_fds(runtime, [json.dumps(_STATE).encode()], [caller.listener])
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), caller.listener)
 
 
 def rights(pid: int) -> dict[str, list[str]]:
@@ -124,22 +133,18 @@ def upgrade() -> None:
     new = program.with_suffix(".new")
     shutil.copy(program, new)
     new.rename(program)
-    subprocess.run(["systemctl", "restart", MONITOR], check=True)
+    systemctl("restart", MONITOR)
 
 
 def changes() -> dict[str, tuple[list[str], Callable[[], object]]]:
     """What happens to the units, and the processes of which there must be others afterwards."""
-
-    def restart(unit: str) -> object:
-        return subprocess.run(["systemctl", "restart", unit], check=True)
-
     return {
         "supervisor killed": (["supervisor"], lambda: kill(pids().supervisor)),
         "monitor killed": (["monitor"], lambda: kill(pids().monitor)),
         "both killed": (["monitor", "supervisor"], lambda: kill(*pids())),
-        "supervisor restarted": (["supervisor"], lambda: restart(SUPERVISOR)),
-        "monitor restarted": (["monitor"], lambda: restart(MONITOR)),
+        "supervisor restarted": (["supervisor"], lambda: systemctl("restart", SUPERVISOR)),
         "monitor upgraded": (["monitor"], upgrade),
+        "monitor stopped": (["monitor"], lambda: systemctl("stop", MONITOR)),
     }
 
 
@@ -170,7 +175,7 @@ def life(program: str) -> dict[str, object]:
         assert caller.line() == "up"
         with asking(caller) as under:
             under.until_right()
-            return {
+            told = {
                 "states": states,
                 "enabled": enabled,
                 "era": json.loads(ERA.read_text()),
@@ -181,6 +186,9 @@ def life(program: str) -> dict[str, object]:
                 "user": str(pwd.getpwnam("mpu-notify").pw_uid),
                 "program": str(Path(f"/proc/{pids().monitor}/exe").readlink()),
             }
+        systemctl("stop", SUPERVISOR, MONITOR, SOCKET)
+        caller.poke()
+        return {**told, "all stopped": caller.line()}
 
 
 def exposure(unit: str) -> float:
@@ -190,6 +198,7 @@ def exposure(unit: str) -> float:
 
 
 if __name__ == "__main__":
+    harness.SECONDS = 60.0  # it is emulated, maybe beside others
     try:
         print(json.dumps(life(sys.argv[1])))
     except BaseException:

@@ -1,7 +1,8 @@
-"""The units of deploy/ with systemd as PID 1: installed as deploy/README.md says, then nothing that ends fails a call."""
+"""The units of deploy/ with systemd as PID 1, installed as deploy/README.md says: whatever ends, no call fails."""
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from tests.kernel.units import Unit
 from .guest import BUILD, Guest
 from .life import MONITOR, PROBE, SUPERVISOR, UNITS
 
-LIFE_SECONDS = 200
+LIFE_SECONDS = 300  # on a machine with other work; else 50
+pytestmark = pytest.mark.timeout(2 * LIFE_SECONDS)
 CAPABILITIES = {"CAP_DAC_OVERRIDE": 1 << 1, "CAP_SYS_PTRACE": 1 << 19}
 
 Told = dict[str, Any]
@@ -45,8 +47,8 @@ CHANGED = {
     "monitor killed": ["monitor"],
     "both killed": ["monitor", "supervisor"],
     "supervisor restarted": ["supervisor"],
-    "monitor restarted": ["monitor"],
     "monitor upgraded": ["monitor"],
+    "monitor stopped": ["monitor"],
 }
 
 
@@ -58,6 +60,10 @@ def test_no_call_fails_and_the_list_is_right_again_when(told: Told, what: str) -
     assert "pids= 1" in change["told"]
     others = [name for name, pid in change["after"].items() if pid != change["before"][name]]
     assert others == CHANGED[what], "each outlives the other"
+
+
+def test_only_with_all_units_stopped_the_listeners_are_let_go(told: Told) -> None:
+    assert f" errno={errno.ENOSYS} " in told["all stopped"]
 
 
 def test_the_upgraded_monitor_is_the_one_that_was_put_there(told: Told) -> None:
