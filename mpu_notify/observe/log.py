@@ -68,23 +68,35 @@ def configure(level: str, fmt: Literal["text", "json"], file: Path | None) -> No
 class LineHandler(logging.Handler):
     """Writes each record at once to a file descriptor that it owns. Never raises into the caller.
 
-    Attribute lost: how many records could not be written (disk full, reader gone) since configure().
+    Attribute lost: how many records could not be written (disk full, reader gone) since configure(). The next line that
+    can be written says so.
     """
 
     def __init__(self, fd: int) -> None:
         """Take over fd."""
         super().__init__()
         self.lost = 0
+        self._lost_told = 0
+        self._torn = False  # the last line has no end
         self._fd = fd
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, or count it as lost."""
         try:
-            rest = memoryview((self.format(record) + "\n").encode("ascii"))
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+            line = self.format(record)
+            if self.lost > self._lost_told:
+                self._write(self.format(_loss(self.lost - self._lost_told)))
+                self._lost_told = self.lost
+            self._write(line)
         except (OSError, TypeError, ValueError):  # the latter two: a record that cannot be formatted
             self.lost += 1
+
+    def _write(self, line: str) -> None:
+        rest = memoryview((("\n" if self._torn else "") + line + "\n").encode("ascii"))
+        while rest:
+            written = os.write(self._fd, rest)
+            self._torn = rest[written - 1] != ord("\n")
+            rest = rest[written:]
 
     def close(self) -> None:
         """Close the file descriptor. May be repeated."""
@@ -94,6 +106,11 @@ class LineHandler(logging.Handler):
         if fd >= 0:
             os.close(fd)
         super().close()
+
+
+def _loss(lines: int) -> logging.LogRecord:
+    head: dict[str, object] = {"name": ROOT, "levelno": logging.WARNING, "levelname": "WARNING"}
+    return logging.makeLogRecord({**head, "msg": "lines before this one were lost", _FIELDS: {"lines": lines}})
 
 
 class _JsonFormatter(logging.Formatter):

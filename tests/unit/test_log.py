@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,6 +97,27 @@ def test_full_disk_is_counted_and_not_raised() -> None:
     event(LOG, logging.ERROR, "one")
     event(LOG, logging.ERROR, "two")
     assert handler().lost == 2
+
+
+def test_lost_lines_are_told_when_there_is_room_again(tmp_path: Path) -> None:
+    """And a line of which only the beginning was written does not run into the next one."""
+    configure("debug", "text", tmp_path / "log")
+    event(LOG, logging.INFO, "first")
+    size = (tmp_path / "log").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handled = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    for _ in range(3):
+        event(LOG, logging.INFO, "lost")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handled)
+    event(LOG, logging.INFO, "last")
+    first, torn, told, last, *rest = (tmp_path / "log").read_text().splitlines()
+    assert first.endswith(" info first")
+    assert len(torn) == 10
+    assert told.endswith(" warning lines before this one were lost lines=3")
+    assert last.endswith(" info last")
+    assert not rest
 
 
 def test_a_record_that_cannot_be_formatted_is_counted(tmp_path: Path) -> None:

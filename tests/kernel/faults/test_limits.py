@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,3 +175,40 @@ def test_a_supervisor_without_memory_leaves_calls_to_the_driver_at_worst(
             daemon.start()
         eventually(lambda: ask(caller) == "pids= 1", "it is translated")
     record(Row(SECTION, "no more memory for the supervisor", 20, "translated or the driver's own", "none"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_counted_and_told(
+    tmp_path: Path, small_disk: Path, standin: StartStandIn, caller_program: Path, record: Record
+) -> None:
+    log = small_disk / "log"
+    daemon = Daemon(tmp_path, standin("--era", "host").control_node, "--log-file", log)
+    try:
+        with container(daemon, caller_program) as caller:
+            filler = small_disk / "filler"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as full:
+                while full.write(bytes(100)):
+                    pass
+            for _ in range(100):
+                assert ask(caller) == "pids= 1"
+            assert "were lost" not in log.read_text()
+            filler.unlink()
+            assert ask(caller) == "pids= 1"
+            eventually(lambda: "were lost" in log.read_text(), "the loss is told")
+            lines = log.read_text().splitlines()
+            (told,) = (line for line in lines if "were lost" in line)
+            lost = int(told.rpartition("lines=")[2])
+            assert lost > 0
+            written = sum(" debug call " in line for line in lines)
+            assert written + lost > 101, "each call has a line, or is counted"
+    finally:
+        daemon.end()
+    record(Row(SECTION, "no more disk for the log", 101, "translated; how many lines were lost is told", "none"))
