@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter_ns
 
-from bench import containers, pids, traps
+from bench import containers, neighbour, pids, traps
 from bench.containers import CREATE_LIMIT, HOOK_LIMIT_MS, MEMORY_LIMIT_MIB, VERB_LIMIT, WAKE_UPS_LIMIT_HZ, Containers
+from bench.neighbour import Neighbour, p99
 from bench.pids import COMMAND, Pids
 from bench.processes import BenchError
 from bench.traps import RATIO_LIMIT, Traps
@@ -83,6 +84,15 @@ def _show_starts(measured: Starts) -> None:
     print(f"  {'run / unshare':<34}{median(measured[RUN]) / median(measured[UNSHARE]):>10.2f}")
 
 
+def _show_neighbour(measured: Neighbour) -> None:
+    print("\nGPU_GET_PIDS of a container beside another with 1,000 threads that call without pause, 99th percentile:")
+    print(f"  {'they wait':<34}{p99(measured.nothing) / 1e6:>10.2f} ms")
+    print(f"  {'they call what is not trapped':<34}{p99(measured.untrapped) / 1e6:>10.2f} ms")
+    print(f"  {'trapped, not in the table':<34}{p99(measured.trapped) / 1e6:>10.2f} ms")
+    print(f"  {'trapped, in the table':<34}{p99(measured.supervised) / 1e6:>10.2f} ms")
+    _show_limit("trapped / not trapped", measured.ratio, neighbour.RATIO_LIMIT)
+
+
 def _show_containers(measured: Containers) -> None:
     print("\nWhat mpu-notify-runtime passes on to the runtime, from start to end:")
     for verb in measured.verbs:
@@ -125,13 +135,16 @@ def _containers_as_json(measured: Containers) -> dict[str, object]:
     }
 
 
-def _as_json(measured: Traps, lists: Sequence[Pids], starts: Starts, contained: Containers) -> dict[str, object]:
+def _as_json(
+    measured: Traps, lists: Sequence[Pids], starts: Starts, contained: Containers, beside: Neighbour
+) -> dict[str, object]:
     return {
         "machine": {"kernel": platform.release(), "cpus": os.cpu_count()},
         "untranslated_ns": {**vars(measured), "ratio": measured.ratio, "limit": RATIO_LIMIT},
         "get_pids_ns": [{**vars(one), "added": one.added} for one in lists],
         "start_ns": starts,
         "containers": _containers_as_json(contained),
+        "neighbour_ns": {**vars(beside), "ratio": beside.ratio, "limit": neighbour.RATIO_LIMIT},
     }
 
 
@@ -171,8 +184,12 @@ def main() -> int:
             _show_starts(starts)
             contained = containers.measure(asked.rounds, Path(directory))
             _show_containers(contained)
+            beside = neighbour.measure(asked.rounds, Path(directory))
+            _show_neighbour(beside)
         if asked.json:
-            asked.json.write_text(json.dumps(_as_json(measured, lists, starts, contained), indent=1), encoding="ascii")
+            asked.json.write_text(
+                json.dumps(_as_json(measured, lists, starts, contained, beside), indent=1), encoding="ascii"
+            )
     except (BenchError, MonitorError, OSError, subprocess.SubprocessError) as error:
         print(f"mpu-notify bench: {error}", file=sys.stderr)
         return 1

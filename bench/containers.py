@@ -139,7 +139,7 @@ class Containers:
 
 
 @dataclass
-class _Daemon:
+class Daemon:
     """`mpu-notify serve`."""
 
     socket: Path
@@ -177,7 +177,7 @@ def _told_to_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 @contextmanager
-def _daemon(directory: Path) -> Iterator[_Daemon]:
+def daemon(directory: Path, *options: str) -> Iterator[Daemon]:
     """The monitor is started here and not by `serve`, so that it is ours to end whatever happens."""
     directory.mkdir()
     agent, log_file = directory / "agent.sock", directory / "log"
@@ -187,7 +187,7 @@ def _daemon(directory: Path) -> Iterator[_Daemon]:
         )
         cleanup.enter_context(_told_to_end(monitor))
         _eventually(agent.exists, "start the monitor")
-        command: list[_Word] = [COMMAND, "serve", "--listen", agent]
+        command: list[_Word] = [COMMAND, "serve", "--listen", agent, *options]
         serve = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
         cleanup.enter_context(_told_to_end(serve))
         if serve.stdout is None:
@@ -195,7 +195,7 @@ def _daemon(directory: Path) -> Iterator[_Daemon]:
         cleanup.enter_context(serve.stdout)
         if f" monitor={monitor.pid} ".encode() not in serve.stdout.readline():
             raise BenchError(f"cannot start mpu-notify serve: {log_file.read_text().strip()}")
-        yield _Daemon(agent, log_file, monitor.pid, serve.pid)
+        yield Daemon(agent, log_file, monitor.pid, serve.pid)
 
 
 # ---- containers of a real runtime ----
@@ -390,14 +390,14 @@ def _measure_hook(rounds: int, watch: _Stopwatch, bundle: _Bundle, agent: Path) 
 # ---- many containers ----
 
 
-def _start_filtered() -> tuple[int, Helper]:
-    """A process that waits, under a filter of its own, and its listener.
+def start_filtered(*command: str) -> tuple[int, Helper]:
+    """A helper under a filter of its own, and its listener.
 
     A filter belongs to a thread and what that starts: a thread of our own takes it, starts the process and ends.
     """
     program = seccomp_filter.build_native()
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: (seccomp_filter.install(program), Helper("cat"))).result()
+        return thread.submit(lambda: (seccomp_filter.install(program), Helper(*command))).result()
 
 
 def _wake_ups(pid: int) -> int:
@@ -411,18 +411,18 @@ def _memory_mib(pid: int, name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _measure_attached(daemon: _Daemon) -> Attached:
+def _measure_attached(served: Daemon) -> Attached:
     with ExitStack() as cleanup:
         for number in range(_ATTACHED):
-            listener, process = _start_filtered()
+            listener, process = start_filtered("cat")
             try:
                 cleanup.enter_context(process)
-                daemon.attach(f"container-{number}", listener)
+                served.attach(f"container-{number}", listener)
             finally:
                 os.close(listener)
-        daemon.wait_for(_ATTACHED)
+        served.wait_for(_ATTACHED)
         time.sleep(_SETTLE_SECONDS)
-        pids = (daemon.monitor, daemon.supervisor)
+        pids = (served.monitor, served.supervisor)
         before, start = [_wake_ups(pid) for pid in pids], time.monotonic()
         time.sleep(_IDLE_SECONDS)
         seconds = time.monotonic() - start
@@ -440,10 +440,10 @@ def measure(rounds: int, directory: Path) -> Containers:
         raise BenchError("cannot create containers: install runc")
     watch = _stopwatch(directory)
     bundle = _Bundle(runc, directory / "bundle")
-    with _daemon(directory / "daemon") as daemon:
-        verbs = _measure_verbs(rounds, watch, bundle, daemon.socket)
-        create = _measure_create(rounds, watch, bundle, daemon.socket)
-        hook = _measure_hook(rounds, watch, bundle, daemon.socket)
-    with _daemon(directory / "many") as daemon:
-        attached = _measure_attached(daemon)
+    with daemon(directory / "daemon") as served:
+        verbs = _measure_verbs(rounds, watch, bundle, served.socket)
+        create = _measure_create(rounds, watch, bundle, served.socket)
+        hook = _measure_hook(rounds, watch, bundle, served.socket)
+    with daemon(directory / "many") as served:
+        attached = _measure_attached(served)
     return Containers(verbs, create, hook, attached)

@@ -34,16 +34,17 @@ class Pids:
 
 
 @contextmanager
-def _standin(directory: Path) -> Iterator[Path]:
+def standin(directory: Path) -> Iterator[Path]:
+    """A stand-in driver that is mounted on a new directory; its control node."""
     directory.mkdir()
-    with Helper(sys.executable, "-m", "mpu_notify.standin", directory, "--exit-with-parent") as standin:
+    with Helper(sys.executable, "-m", "mpu_notify.standin", directory, "--exit-with-parent") as server:
         try:
-            ready, _, control_node = standin.line().rstrip("\n").partition(" ")
+            ready, _, control_node = server.line().rstrip("\n").partition(" ")
             if ready != "READY":
                 raise BenchError(f"cannot start the stand-in driver: it said {ready}")
             yield Path(control_node)
         finally:
-            standin.terminate()
+            server.terminate()
 
 
 def _measure(rounds: int, count: int, control_node: Path) -> Pids:
@@ -61,5 +62,5 @@ def _measure(rounds: int, count: int, control_node: Path) -> Pids:
 
 def measure(rounds: int, counts: Sequence[int], directory: Path) -> list[Pids]:
     """For each number of processes, interleaved rounds; the stand-in is mounted below the directory."""
-    with _standin(directory / "standin") as control_node:
+    with standin(directory / "standin") as control_node:
         return [_measure(rounds, count, control_node) for count in counts]

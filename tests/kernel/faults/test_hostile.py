@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,7 @@ from tests.kernel.harness import (
 )
 from tests.kernel.test_calls import aided, unaided
 from tests.kernel.test_monitor import PIDFD_GETFD
-from tests.kernel.test_serve import Daemon, ask, up
+from tests.kernel.test_serve import STATE, Daemon, ask, up
 
 from .conftest import Record
 from .record import Row
@@ -340,3 +343,91 @@ def test_a_caller_that_changes_everything_while_it_is_looked_at(
     assert {(int(line["control"], 16), line["size"]) for line in ours} <= set(CONTROL_TABLE), "and nothing else"
     got = f"translated or the driver's own; {len(for_it):,} controls performed, all in the table, on its own file"
     record(Row(SECTION, "one that changes arguments, params and files during its calls", SWAPPED_CALLS, got, leaks))
+
+
+#: A container's root at the agent's socket, which is mounted into its namespace. It says "up" when it is done.
+AT_THE_SOCKET = """
+import contextlib, os, socket, sys
+path, count = sys.argv[1], int(sys.argv[2])
+kept = []
+for number in range(count):
+    s = socket.socket(socket.AF_UNIX)
+    s.connect(path)
+    kept.append(s)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        if number % 3 == 1:
+            s.send(b"{")
+        elif number % 3 == 2:
+            socket.send_fds(s, [b'{"fds": ["seccompFd"]}'], [int(sys.argv[3]), 0, 1, 2])
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_containers_root_that_floods_the_mounted_socket_keeps_no_runtime_from_attaching(
+    scene: Scene, caller_program: Path, record: Record
+) -> None:
+    """It opens hundreds of connections, sends nothing, half a message, or a true listener, and closes none."""
+    with under_filter(caller_program, scene.daemon.node.parent, "on_demand") as own:
+        enter = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-c", AT_THE_SOCKET]
+        command = [*enter, str(scene.daemon.socket), "500", str(own.listener)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[own.listener]
+        ) as flooding:
+            for _ in range(5):
+                with scene.hostile(caller_program, "on_demand") as attaching:
+                    eventually(lambda attaching=attaching: ask(attaching) == "pids= 1", "it is translated")
+                scene.neighbour_is_served(5)
+            assert flooding.stdout is not None
+            assert flooding.stdout.readline() == "up\n"
+            eventually(lambda: scene.daemon.says("in our PID namespace"), "it is refused")
+            leaks = scene.leaks()
+            assert flooding.stdin is not None
+            flooding.stdin.close()
+    assert "attached container=" in scene.daemon.log.read_text()
+    record(Row(SECTION, "a container's root that floods the mounted agent socket", 500, "refused", leaks))
+
+
+def _epoll() -> int:
+    with select.epoll() as epoll:
+        return os.dup(epoll.fileno())
+
+
+#: Files that are no listener, by what they are.
+NO_LISTENERS: dict[str, Callable[[Path], int]] = {
+    "a regular file": lambda _place: os.open(__file__, os.O_RDONLY),
+    "a file opened with O_PATH": lambda place: os.open(place, os.O_PATH),
+    "a pidfd": lambda _place: os.pidfd_open(os.getpid()),
+    "an epoll": lambda _place: _epoll(),
+    "a memfd that is called a listener": lambda _place: os.memfd_create("anon_inode:seccomp notify"),
+}
+
+
+@pytest.mark.parametrize("what", NO_LISTENERS)
+def test_a_file_that_is_no_listener_is_refused(scene: Scene, record: Record, what: str) -> None:
+    fd = NO_LISTENERS[what](scene.place)
+    before = scene.daemon.log.read_text().count("no seccomp listener")
+    scene.daemon.send(json.dumps(STATE).encode(), fd)
+    os.close(fd)
+    eventually(lambda: scene.daemon.log.read_text().count("no seccomp listener") > before, "it is refused")
+    scene.neighbour_is_served()
+    record(Row(SECTION, f"a runtime that sends {what}", 1, "refused", scene.leaks()))
+
+
+def test_a_listener_that_nobody_uses_any_more_is_let_go(scene: Scene, caller_program: Path, record: Record) -> None:
+    with under_filter(caller_program, scene.daemon.node.parent, "on_demand") as gone:
+        listener = os.dup(gone.listener)
+    scene.daemon.send(json.dumps(STATE).encode(), listener)
+    os.close(listener)
+    eventually(lambda: scene.daemon.says(" ended "), "it has ended")
+    scene.neighbour_is_served()
+    record(Row(SECTION, "a runtime that sends a listener whose container is gone", 1, "nothing", scene.leaks()))
+
+
+def test_a_listener_that_comes_twice_is_served(scene: Scene, caller_program: Path, record: Record) -> None:
+    with scene.hostile(caller_program, "on_demand") as twice:
+        scene.daemon.attach(twice)
+        eventually(lambda: scene.daemon.listeners_of(scene.daemon.monitor) == 3, "it is served twice")
+        assert [ask(twice) for _ in range(20)] == ["pids= 1"] * 20
+        scene.neighbour_is_served()
+    record(Row(SECTION, "a runtime that sends a listener twice", 20, "translated", scene.leaks()))
