@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from bench.processes import BenchError, compile_c
 RATIO_LIMIT = 2.0  # of the p99 beside trapped calls over that beside untrapped ones
 
 _SCRIPT = Path(__file__).with_name("users.py")
-_ASKS = 50  # a round
+_ASKS = 200  # a round
+_GOING_SECONDS = 0.2  # until all of the crowd call
 _USERS = 1
 _THREADS = 1000  # crowd.c
 
@@ -73,6 +75,7 @@ def measure(rounds: int, directory: Path) -> Neighbour:
             order = (_NOTHING, _UNTRAPPED, _TRAPPED, _SUPERVISED)
             for what in order if number % 2 else reversed(order):
                 crowd.ask(what)
+                time.sleep(_GOING_SECONDS)
                 series[what].extend(neighbour.ask(_ASKS))
                 (calls,) = crowd.ask(_NOTHING)
                 if what != _NOTHING and calls <= _THREADS:  # some end a call of the round before

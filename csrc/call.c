@@ -265,7 +265,7 @@ static enum mpu_cause exchange(struct listener *listener, struct call *call, con
     int error = packet_send(listener->channel, request, deadline);
     enum mpu_cause cause;
 
-    if (error == -EPIPE)
+    if (error && error != -ETIMEDOUT)
         return fail(call, MPU_SUPERVISOR_GONE, error);
     cause = error ? MPU_SUPERVISOR_SILENT : await_answer(listener, call, deadline, answer);
     call->waited_ns += now_ns(CLOCK_MONOTONIC) - start;
@@ -279,6 +279,7 @@ static enum mpu_cause begin(struct listener *listener, struct call *call)
 {
     struct mpu_begun begun = {.header = {.type = MPU_BEGUN}, .tid = listener->notif->pid};
     struct mpu_answer late;
+    int error;
 
     if (listener->silent_until) {
         while (take_answer(listener, call, 0, &late) == -ESTALE)
@@ -286,7 +287,8 @@ static enum mpu_cause begin(struct listener *listener, struct call *call)
         if (now_ns(CLOCK_MONOTONIC) < listener->silent_until)
             return MPU_SUPERVISOR_SILENT;
     }
-    if (listener_tell(listener, &begun.header, sizeof(begun), 0) == -EPIPE)
+    error = listener_tell(listener, &begun.header, sizeof(begun), 0);
+    if (error && error != -ETIMEDOUT)
         return MPU_SUPERVISOR_GONE;
     call->begun = true;
     return MPU_TRANSLATED;
