@@ -395,9 +395,9 @@ static void *thread_swap_call(void *argument)
         place->call.cmd = cmd[0];
         place->call.size = cmd[1];
         place->call.params = any_pointer(&state, &work->place);
-        place->call.flags = any(&state, 4) ? 0 : 2;
-        place->call.client = any(&state, 8) ? work->gpu->client : 0xc1d00001;
-        place->call.object = any(&state, 8) ? work->gpu->subdevice : work->gpu->client;
+        place->call.flags = any(&state, 16) ? 0 : 2;
+        place->call.client = any(&state, 16) ? work->gpu->client : 0xc1d00001;
+        place->call.object = any(&state, 16) ? work->gpu->subdevice : work->gpu->client;
         place->xfer.cmd = any(&state, 8) ? 0x2A : 0x2B;
         place->xfer.size = any(&state, 8) ? 32 : 0xFFFF;
         place->xfer.ptr = any(&state, 2) ? (uintptr_t)&place->call : any_pointer(&state, &work->place);
