@@ -38,6 +38,7 @@ from .harness import (
     ScriptedChannel,
     caller_host_pid,
     eventually,
+    injected,
     kill_and_wait_for,
     stop_and_wait_for,
     under_filter,
@@ -334,6 +335,23 @@ def started_beside(daemon: Daemon, *options: str, fds: Sequence[int] = ()) -> st
     return done.stderr
 
 
+def test_a_monitor_whose_queue_is_full_is_not_waited_for(tmp_path: Path) -> None:
+    """As that of one that is stopped."""
+    place = str(tmp_path / "control")
+    with contextlib.ExitStack() as opened:
+        kind = (socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        listening = opened.enter_context(socket.socket(*kind))
+        listening.bind(place)
+        listening.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                opened.enter_context(socket.socket(*kind)).connect(place)
+        command = [PROGRAM, "--take-over", place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        assert done.returncode == 1
+        assert "Resource temporarily unavailable" in done.stderr
+
+
 def test_two_monitors_do_not_serve_one_path(daemon: Daemon, caller: Caller) -> None:
     other = daemon.socket.with_name("other")
     for agent, control in ((daemon.socket, other), (other, daemon.control), (daemon.socket, daemon.control)):
@@ -406,6 +424,18 @@ def test_a_successor_that_was_given_up_gives_back_what_it_has(
         eventually(lambda: ask(late) == "pids= 1", "the late one is translated")
         assert ask(caller) == "pids= 1"
         eventually(lambda: daemon.monitors() == [daemon.monitor], "there is the one monitor")
+
+
+def test_a_monitor_killed_before_it_can_say_that_it_was_replaced_leaves_one_that_serves_all(
+    daemon: Daemon, caller: Caller
+) -> None:
+    before = daemon.find_monitor()
+    with injected(before, "--trace=sendmsg", "--inject=sendmsg:signal=KILL:when=2"):  # the first is HELLO
+        replace_daemon(daemon.control)
+        eventually(lambda: before not in daemon.monitors(), "it is killed")
+    eventually(lambda: ask(caller) == "pids= 1", "the listing is right again")
+    eventually(lambda: len(daemon.monitors()) == 1, "there is the one monitor")
+    assert daemon.says("the monitor is lost")
 
 
 def test_a_monitor_killed_in_the_middle_of_the_change_leaves_one_that_serves_all(
