@@ -1,9 +1,15 @@
-"""Limits that are reached: files, memory, the disk of the log. What there is no room for waits, and nobody spins."""
+"""Limits that are reached: files, memory, the disk of the log; and a clock that jumps.
+
+What there is no room for waits, and nobody spins.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import resource
+import signal
 import socket
 import subprocess
 import time
@@ -13,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.conftest import StartStandIn
-from tests.kernel.harness import Caller, caller_host_pid, eventually, under_filter
+from tests.kernel.harness import Caller, caller_host_pid, compile_c, eventually, stop_and_wait_for, under_filter
 from tests.kernel.test_serve import Daemon, ask, up
 
 from .conftest import Record
@@ -212,3 +218,35 @@ def test_lines_that_a_full_disk_does_not_take_are_counted_and_told(
     finally:
         daemon.end()
     record(Row(SECTION, "no more disk for the log", 101, "translated; how many lines were lost is told", "none"))
+
+
+def test_no_wait_goes_by_a_clock_that_jumps(
+    tmp_path: Path, standin: StartStandIn, caller_program: Path, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of monitor and supervisor; how far the lines of the log are apart shows that it does."""
+    library = compile_c(Path(__file__).with_name("jumping_clock.c"), tmp_path, "-shared", "-fPIC")
+    node = standin("--era", "host").control_node
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    daemon = Daemon(tmp_path, node)
+    monkeypatch.delenv("LD_PRELOAD")
+    try:
+        assert str(library) in Path(f"/proc/{daemon.monitor}/maps").read_text()
+        with container(daemon, caller_program) as caller:
+            assert [ask(caller) for _ in range(20)] == ["pids= 1"] * 20
+            stop_and_wait_for(daemon.process.pid)
+            try:
+                assert ask(caller) == the_drivers_own(caller), "after a second, and not after a year"
+                with under_filter(caller_program, node.parent, "on_demand") as second:
+                    daemon.attach(second)
+                    up(second)
+                    assert ask(second) == the_drivers_own(caller, second)
+            finally:
+                os.kill(daemon.process.pid, signal.SIGCONT)
+            eventually(lambda: ask(caller) == "pids= 1", "it is translated again")
+        years = {line[:4] for line in daemon.log.read_text().splitlines() if re.match(r"\d{4}-", line)}
+        assert len(years) > 1
+    finally:
+        daemon.end()
+    record(
+        Row(SECTION, "a clock that jumps by a year", 22, "translated; the driver's own where nobody answers", "none")
+    )
