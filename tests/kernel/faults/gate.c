@@ -55,6 +55,7 @@ static const struct {
     {"pidfd_open", SYS_pidfd_open}, {"pread64", SYS_pread64},
     {"pwrite64", SYS_pwrite64},     {"recvmsg", SYS_recvmsg},
     {"sendmsg", SYS_sendmsg},       {"poll", SYS_poll},
+    {"fcntl", SYS_fcntl},           {"read", SYS_read},
     {"recvfrom", SYS_recvfrom},     {"process_vm_readv", SYS_process_vm_readv},
     {"statx", SYS_statx},
 };

@@ -84,3 +84,10 @@ class Scene:
     def held(self) -> tuple[Held, Held]:
         """By the monitor and by the supervisor."""
         return Held(self.daemon.find_monitor()), Held(self.daemon.process.pid)
+
+    @contextmanager
+    def leaves_nothing(self) -> Iterator[None]:
+        """What is done in this context leaves nothing behind in either."""
+        before = self.held()
+        yield
+        eventually(lambda: self.held() == before, "monitor and supervisor have what they had")

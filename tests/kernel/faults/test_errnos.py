@@ -16,15 +16,14 @@ from typing import NamedTuple
 
 import pytest
 
-from ..harness import (
-    eventually,
-    injected,
-    stop_and_wait_for,
-)
+from mpu_notify.notify.protocol import Cause
+
+from ..conftest import StartStandIn
+from ..harness import caller_host_pid, eventually, injected, scripted_supervisor, stop_and_wait_for, under_filter
 from .conftest import MakeScene, Record
 from .gate import CONTROL, QUERY, SEND, VALID, Step, gate
 from .record import Row
-from .scene import THE_DRIVERS_OWN, TRANSLATED, in_words
+from .scene import THE_DRIVERS_OWN, TRANSLATED, Held, in_words
 
 SECTION = "Each system call of the monitor for a call, refused"
 
@@ -131,8 +130,7 @@ def test_a_refused_system_call_gives_the_caller_a_good_answer(
     make_scene: MakeScene, gate_program: Path, record: Record, refused: Refused
 ) -> None:
     scene = make_scene()
-    with scene.container():
-        before = scene.held()
+    with scene.container(), scene.leaves_nothing():
         monitor = scene.daemon.find_monitor()
         for step, result in refused.tries():
             with gate(gate_program, monitor, step, result) as held:
@@ -143,7 +141,6 @@ def test_a_refused_system_call_gives_the_caller_a_good_answer(
             assert got == refused.gives, (step, result)
             assert scene.ask() == TRANSLATED, ("the next call", step, result)
             record(Row(SECTION, f"{refused.what}: {_words(refused)}", 1, in_words(got), "none"))
-        eventually(lambda: scene.held() == before, "nothing is left of them")
 
 
 def _words(refused: Refused) -> str:
@@ -155,7 +152,7 @@ def test_a_wait_for_the_supervisor_that_is_refused_is_begun_again(
     make_scene: MakeScene, gate_program: Path, record: Record, error: str
 ) -> None:
     scene = make_scene()
-    with scene.container():
+    with scene.container(), scene.leaves_nothing():
         wait = Step("poll", "poll", moment="enter")
         with gate(gate_program, scene.daemon.find_monitor(), wait, -getattr(errno, error)) as held:
             stop_and_wait_for(scene.daemon.process.pid)  # or its answer comes before anybody waits
@@ -170,7 +167,7 @@ def test_a_wait_for_the_supervisor_that_is_refused_is_begun_again(
 @pytest.mark.parametrize("error", ["ENOENT", "EINTR", "ENOMEM", "EFAULT", "EINVAL"])
 def test_a_receive_that_is_refused_is_tried_again(make_scene: MakeScene, record: Record, error: str) -> None:
     scene = make_scene()
-    with scene.container():
+    with scene.container(), scene.leaves_nothing():
         with injected(scene.daemon.find_monitor(), f"--inject=ioctl:error={error}:when=1"):
             assert scene.ask() == TRANSLATED
         assert scene.ask() == TRANSLATED
@@ -180,9 +177,8 @@ def test_a_receive_that_is_refused_is_tried_again(make_scene: MakeScene, record:
 def test_a_monitor_that_has_no_file_left_answers_all_the_same(make_scene: MakeScene, record: Record) -> None:
     """A call takes four: memory, maps, a pidfd and the caller's file."""
     scene = make_scene()
-    with scene.container():
+    with scene.container(), scene.leaves_nothing():
         monitor = scene.daemon.find_monitor()
-        before = scene.held()
         taken = {int(fd.name) for fd in Path(f"/proc/{monitor}/fd").iterdir()}
         free = [number for number in range(len(taken) + 5) if number not in taken]
         limits = resource.prlimit(monitor, resource.RLIMIT_NOFILE)
@@ -193,4 +189,62 @@ def test_a_monitor_that_has_no_file_left_answers_all_the_same(make_scene: MakeSc
         resource.prlimit(monitor, resource.RLIMIT_NOFILE, (free[4], limits[1]))
         assert scene.ask() == TRANSLATED
         resource.prlimit(monitor, resource.RLIMIT_NOFILE, limits)
-        eventually(lambda: scene.held() == before, "nothing is left of them")
+
+
+#: How the owner of a user namespace opens what only the caller's own user may: a child does it and hands the file over.
+AS_OWNER = [
+    *("openat:error=EMFILE:when=2", "socketpair:error=EMFILE", "socketpair:error=ENFILE", "socketpair:error=ENOMEM"),
+    *("clone:error=EAGAIN", "clone:error=ENOMEM", "recvmsg:error=ENOMEM", "wait4:error=EINTR:when=1"),
+]
+
+
+@pytest.mark.parametrize("refused", AS_OWNER)
+def test_a_refused_way_round_for_a_rootless_caller_gives_it_a_good_answer(
+    make_scene: MakeScene, record: Record, refused: str
+) -> None:
+    """Here the way round ends in vain even so: the caller has no user namespace of its own."""
+    scene = make_scene()
+    with scene.container(), scene.leaves_nothing():
+        with injected(scene.daemon.find_monitor(), "--inject=openat:error=EACCES:when=1", f"--inject={refused}"):
+            assert scene.ask() == THE_DRIVERS_OWN
+        assert scene.ask() == TRANSLATED
+    words = "opening as the owner of a user namespace: EMFILE, ENFILE, ENOMEM, EAGAIN, EINTR"
+    record(Row(SECTION, words, 1, in_words(THE_DRIVERS_OWN), "none"))
+
+
+#: What a monitor does besides before Linux 6.9 and 6.11: /proc/TID/status for the process, and the text of maps.
+OLDER = [
+    *(Step("open status", "openat", 3, moment="enter"), Step("duplicate maps", "fcntl", moment="enter")),
+    *(Step("read maps", "read", moment="enter"), Step("read status", "read", 3, moment="enter")),
+]
+
+
+@pytest.mark.parametrize("step", OLDER, ids=lambda step: step.name)
+def test_a_refused_system_call_of_the_way_on_an_older_kernel_gives_a_good_answer(
+    standin: StartStandIn, caller_program: Path, gate_program: Path, record: Record, step: Step
+) -> None:
+    node = standin("--era", "host").control_node
+    errors = ["EMFILE", "ENOENT", "ESRCH", "ENOMEM", "EIO", "EINTR"]
+    with (
+        scripted_supervisor(node, kernel="5.9") as supervisor,
+        under_filter(caller_program, node.parent, "on_demand") as caller,
+    ):
+        assert supervisor.monitor.process is not None
+        monitor = supervisor.monitor.process.pid
+        channel = supervisor.attach(caller)
+        caller.go()
+        assert caller.line() == "up"
+        before = Held(monitor)
+        for error in errors:
+            with gate(gate_program, monitor, step, -getattr(errno, error)) as held:
+                caller.poke()
+                held.reached()
+                held.open()
+                assert channel.pass_all_on() in (Cause.MEMORY_UNWRITABLE, Cause.FILE_UNAVAILABLE)
+            assert caller.line() == f"pids= {caller_host_pid(caller)}"
+            caller.poke()
+            assert channel.pass_all_on() is Cause.TRANSLATED
+            assert caller.line() == f"pids= {caller_host_pid(caller)}", "by a test that changes nothing"
+        eventually(lambda: Held(monitor) == before, "nothing is left of the calls")
+    words = f"as on Linux 5.9, reading /proc/TID/maps and status: {', '.join(errors)}"
+    record(Row(SECTION, words, len(errors), in_words(THE_DRIVERS_OWN), "none"))

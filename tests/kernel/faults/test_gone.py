@@ -11,10 +11,11 @@ from mpu_notify.notify.protocol import Cause
 from mpu_notify.notify.protocol import Step as Direction
 
 from ..conftest import StartStandIn
-from ..harness import ScriptedChannel, caller_host_pid, kill_and_wait_for, scripted_supervisor, under_filter
+from ..harness import ScriptedChannel, caller_host_pid, eventually, kill_and_wait_for, scripted_supervisor, under_filter
 from .conftest import Record
 from .gate import QUERY, Step, gate
 from .record import Row
+from .scene import Held
 
 SECTION = "Caller killed just before its id is checked"
 
@@ -28,16 +29,19 @@ def killed_after(
         scripted_supervisor(node) as supervisor,
         under_filter(caller_program, node.parent, "on_demand") as caller,
     ):
+        assert supervisor.monitor.process is not None
+        monitor = supervisor.monitor.process.pid
+        before = Held(monitor)
         channel = supervisor.attach(caller)
         caller.go()
         assert caller.line() == "up"
-        assert supervisor.monitor.process is not None
-        with gate(gate_program, supervisor.monitor.process.pid, step) as held:
+        with gate(gate_program, monitor, step) as held:
             caller.poke(what)
             held.reached()
             kill_and_wait_for(caller_host_pid(caller))
             held.open()
             yield channel
+        eventually(lambda: Held(monitor) == before, "nothing is left of the call and its container")
 
 
 def test_the_supervisor_is_not_told_of_a_caller_that_is_gone_when_its_memory_is_open(
@@ -84,9 +88,11 @@ def test_memory_of_a_caller_that_is_gone_is_not_written(
         scripted_supervisor(node) as supervisor,
         under_filter(caller_program, node.parent, "shared_memory") as caller,
     ):
-        channel = supervisor.attach(caller)
         assert supervisor.monitor.process is not None
-        with gate(gate_program, supervisor.monitor.process.pid, answered) as held:
+        monitor = supervisor.monitor.process.pid
+        before = Held(monitor)
+        channel = supervisor.attach(caller)
+        with gate(gate_program, monitor, answered) as held:
             caller.go()
             child = channel.begun().tid
             for _ in Direction:
@@ -97,4 +103,5 @@ def test_memory_of_a_caller_that_is_gone_is_not_written(
         assert channel.outcome() is Cause.CALLER_GONE
         caller.poke()
         assert caller.line() == "same=1"
+        eventually(lambda: Held(monitor) == before, "nothing is left of the call and its container")
     record(Row(SECTION, "answer there", 1, "its end; its memory is not written", "none"))

@@ -36,7 +36,10 @@ class Encoders(NamedTuple):
 
 @contextmanager
 def encoders(scene: Scene, case: str = "encoders") -> Iterator[Encoders]:
-    with under_filter(scene.caller_program, scene.daemon.node.parent, case) as caller:
+    with (
+        scene.leaves_nothing(),
+        under_filter(scene.caller_program, scene.daemon.node.parent, case) as caller,
+    ):
         scene.daemon.attach(caller)
         monitor = scene.daemon.find_monitor()
         eventually(lambda: scene.daemon.listeners_of(monitor) == 1, "the listener is served")
