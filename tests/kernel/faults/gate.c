@@ -6,7 +6,8 @@
  * THREAD is a monitor's thread that receives calls. The moment is the entry into, or the exit from, the NTH system call
  * SYSCALL (1 is the first; of an ioctl, with that REQUEST) since a call was received. It says "ready" when it watches,
  * "reached" when the thread stands there, and lets go for good when a byte comes, or its input ends.
- * With a RESULT, which goes with the entry, the system call is not made, and returns that.
+ * The entry into the receive itself is one of those since it watches. With a RESULT, which goes with the entry, the
+ * system call is not made, and returns that.
  */
 #include <errno.h>
 #include <linux/seccomp.h>
@@ -39,7 +40,7 @@ struct moment {
 
 struct watch {
     pid_t thread;
-    bool received;       /* a call, since we watch */
+    bool received;       /* a call, since we watch; or the receive is looked for */
     bool inside;         /* a system call that counts */
     unsigned seen;       /* of these, since then */
     uint64_t in_syscall; /* the one that the thread is in, and its request */
@@ -180,6 +181,7 @@ int main(int argc, char **argv)
         return 2;
     }
     watch.thread = (pid_t)strtol(argv[1], NULL, 10);
+    watch.received = moment.request == (uint32_t)SECCOMP_IOCTL_NOTIF_RECV && !moment.at_exit;
     seize(watch.thread);
     say("ready");
     if (!await(&moment, &watch)) {

@@ -80,15 +80,14 @@ class Gate:
         command = [str(program), thread, step.syscall, request, step.moment, str(step.nth)]
         if result is not None:
             command.append(str(result))
-        self.process: subprocess.Popen[str] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        # Unbuffered: a line that is read ahead is one that select does not see.
+        self.process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._line() == "ready"
 
     def _line(self) -> str:
         assert self.process.stdout is not None
         assert select.select([self.process.stdout], [], [], SECONDS)[0], "the step is never reached"
-        return self.process.stdout.readline().strip()
+        return self.process.stdout.readline().decode().strip()
 
     def reached(self) -> None:
         """Wait until the call stands there."""

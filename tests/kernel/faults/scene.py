@@ -39,19 +39,28 @@ def in_words(answer: str) -> str:
     return next((words for known, words in _WORDS.items() if answer.startswith(known)), answer)
 
 
+def is_at_rest(process: Path) -> bool:
+    """Whether all threads of a process in /proc wait."""
+    try:
+        return all(state_of(task) == "S" for task in (process / "task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):  # one of them ends
+        return False
+
+
 class Held(Counter[str]):
     """What a process at rest has: open files by kind, threads, children. Two of them differ by what was leaked."""
 
     def __init__(self, pid: int) -> None:
         super().__init__()
         process = Path(f"/proc/{pid}")
-        eventually(lambda: all(state_of(task) == "S" for task in (process / "task").iterdir()), "it is at rest")
+        eventually(lambda: is_at_rest(process), "it is at rest")
         for fd in (process / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # it was not at rest after all
                 self[re.sub(r"\d+", "N", os.readlink(fd))] += 1  # noqa: PTH115 - "socket:[N]" is no path
         for task in (process / "task").iterdir():
-            self["thread"] += 1
-            self["child"] += len((task / "children").read_text().split())
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self["child"] += len((task / "children").read_text().split())
+                self["thread"] += 1
 
 
 class Scene:

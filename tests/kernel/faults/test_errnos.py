@@ -21,9 +21,9 @@ from mpu_notify.notify.protocol import Cause
 from ..conftest import StartStandIn
 from ..harness import caller_host_pid, eventually, injected, scripted_supervisor, stop_and_wait_for, under_filter
 from .conftest import MakeScene, Record
-from .gate import CONTROL, QUERY, SEND, VALID, Step, gate
+from .gate import CONTROL, QUERY, RECEIVE, SEND, VALID, Step, gate
 from .record import Row
-from .scene import THE_DRIVERS_OWN, TRANSLATED, Held, in_words
+from .scene import THE_DRIVERS_OWN, TRANSLATED, Held, in_words, is_at_rest
 
 SECTION = "Each system call of the monitor for a call, refused"
 
@@ -165,12 +165,16 @@ def test_a_wait_for_the_supervisor_that_is_refused_is_begun_again(
 
 
 @pytest.mark.parametrize("error", ["ENOENT", "EINTR", "ENOMEM", "EFAULT", "EINVAL"])
-def test_a_receive_that_is_refused_is_tried_again(make_scene: MakeScene, record: Record, error: str) -> None:
+def test_a_receive_that_is_refused_is_tried_again(
+    make_scene: MakeScene, gate_program: Path, record: Record, error: str
+) -> None:
     scene = make_scene()
     with scene.container(), scene.leaves_nothing():
-        with injected(scene.daemon.find_monitor(), f"--inject=ioctl:error={error}:when=1"):
+        receive = Step("receive", "ioctl", request=RECEIVE, moment="enter")
+        with gate(gate_program, scene.daemon.find_monitor(), receive, -getattr(errno, error)) as held:
+            held.reached()
+            held.open()
             assert scene.ask() == TRANSLATED
-        assert scene.ask() == TRANSLATED
     record(Row(SECTION, "receiving: ENOENT, EINTR, ENOMEM, EFAULT, EINVAL", 1, "translated", "none"))
 
 
@@ -179,6 +183,7 @@ def test_a_monitor_that_has_no_file_left_answers_all_the_same(make_scene: MakeSc
     scene = make_scene()
     with scene.container(), scene.leaves_nothing():
         monitor = scene.daemon.find_monitor()
+        eventually(lambda: is_at_rest(Path(f"/proc/{monitor}")), "it has let our question go")
         taken = {int(fd.name) for fd in Path(f"/proc/{monitor}/fd").iterdir()}
         free = [number for number in range(len(taken) + 5) if number not in taken]
         limits = resource.prlimit(monitor, resource.RLIMIT_NOFILE)
