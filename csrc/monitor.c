@@ -101,11 +101,8 @@ static int say(struct monitor *monitor, struct mpu_header *head, size_t size, co
     return packet_send(monitor->supervisor, &parcel, 0);
 }
 
-/* Give the supervisor a fresh channel to a listener. -ETIMEDOUT, or a shortage, where it must be tried again later. */
-static int announce(struct monitor *monitor, struct listener *listener)
+static int announce_with_files(struct monitor *monitor, struct listener *listener, struct mpu_attached *attached)
 {
-    struct mpu_attached attached = {.header = {.type = MPU_ATTACHED, .listener = listener->id},
-                                    .identity = listener->slot->identity};
     int ends[2], error;
 
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends))
@@ -114,9 +111,24 @@ static int announce(struct monitor *monitor, struct listener *listener)
     if (listener->fresh >= 0)
         close(listener->fresh);
     listener->fresh = ends[0];
-    error = say(monitor, &attached.header, sizeof(attached),
+    error = say(monitor, &attached->header, sizeof(*attached),
                 (int[]){ends[1], listener->fd, listener->state, listener->slot_fd}, 1 + LISTENER_FILES);
     close(ends[1]);
+    return error;
+}
+
+/* Give the supervisor a fresh channel to a listener. -ETIMEDOUT, or a shortage, where it must be tried again later. */
+static int announce(struct monitor *monitor, struct listener *listener)
+{
+    struct mpu_attached attached = {.header = {.type = MPU_ATTACHED, .listener = listener->id},
+                                    .identity = listener->slot->identity};
+    int error = announce_with_files(monitor, listener, &attached);
+
+    /* `run` waits for it, and says what there is too little of. */
+    if (is_shortage(error) && monitor->control < 0) {
+        attached.error = -error;
+        error = say(monitor, &attached.header, sizeof(attached), NULL, 0);
+    }
     listener->announced = !error;
     return error;
 }
