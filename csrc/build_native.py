@@ -29,6 +29,8 @@ int mpu_no_new_privileges(void);
 int mpu_unshare(int flags);
 int mpu_mount(const char *source, const char *target, const char *type, unsigned long flags);
 int mpu_die_with_parent(void);
+bool mpu_is_dead(int pid);
+bool mpu_has_monitor(int control);
 int mpu_keep_needed_capabilities(bool starts_monitors);
 int mpu_confine(const void *program, unsigned short instructions);
 """

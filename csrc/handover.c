@@ -1,6 +1,7 @@
 #include "handover.h"
 
 #include "agent.h"
+#include "claim.h"
 #include "cleanup.h"
 #include "peer.h"
 
@@ -79,11 +80,19 @@ int take_over(struct monitor *monitor, const char *control)
 
 int claim(struct monitor *monitor)
 {
-    /* A lock of the process, not of the open file: others have the same one, and keep it when we die. */
-    struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct flock ours;
+    int number, other;
 
-    if (fcntl(monitor->control, F_SETLK, &whole))
+    if (mpu_is_claimed(monitor->control, &number))
+        return -EAGAIN;
+    ours = mpu_claim_lock(F_WRLCK, number);
+    if (fcntl(monitor->control, F_SETLK, &ours))
         return -errno;
+    if (mpu_is_claimed(monitor->control, &other)) { /* at the same moment, by another number */
+        ours.l_type = F_UNLCK;
+        fcntl(monitor->control, F_SETLK, &ours);
+        return -EAGAIN;
+    }
     monitor->is_sole = true;
     return 0;
 }

@@ -14,12 +14,12 @@ int take_over(struct monitor *monitor, const char *control);
 int adopt(struct monitor *monitor, struct packet *packet);
 
 /*
- * Get the lock of the sockets, which goes with the process: 0, or an error where another monitor has it, which may be
- * one whose place we took, until it has ended.
+ * Claim the sockets (claim.h): 0, or an error where another monitor has claimed them, which may be one whose place we
+ * took, until it has ended.
  */
 int claim(struct monitor *monitor);
 
-/* Connect to the monitor that has the lock, to give listeners back to it: the socket, or an error. */
+/* Connect to the monitor that has claimed the sockets, to give listeners back to it: the socket, or an error. */
 int connect_to_sole(const struct monitor *monitor);
 
 /* Begin to let the listeners go, to the monitor at the other end of the socket, which is ours from now on. */

@@ -62,6 +62,20 @@ void keeper_say_ready(void)
     say("READY=1\n", NULL, 0);
 }
 
+uint64_t keeper_watches_every(void)
+{
+    const char *pid = getenv("WATCHDOG_PID"), *us = getenv("WATCHDOG_USEC");
+
+    if (!us || (pid && strtol(pid, NULL, 10) != getpid()))
+        return 0;
+    return strtoull(us, NULL, 10) * 1000 / 2; /* as sd_watchdog_enabled(3) recommends */
+}
+
+void keeper_say_alive(void)
+{
+    say("WATCHDOG=1\n", NULL, 0);
+}
+
 void keeper_remember(const struct listener *listener)
 {
     const int files[LISTENER_FILES] = {listener->fd, listener->state, listener->slot_fd};

@@ -15,6 +15,12 @@ bool keeper_is_there(void);
 /* Say that we accept. */
 void keeper_say_ready(void);
 
+/* How often it wants to hear that we are well, in ns; 0 where it does not. */
+uint64_t keeper_watches_every(void);
+
+/* Say that we are. */
+void keeper_say_alive(void);
+
 /* Have it store a listener's files, or forget them. */
 void keeper_remember(const struct listener *listener);
 void keeper_forget(const struct listener *listener);

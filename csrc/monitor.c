@@ -4,6 +4,7 @@
 #include "agent.h"
 #include "cleanup.h"
 #include "handover.h"
+#include "keeper.h"
 #include "packet.h"
 #include "peer.h"
 
@@ -438,7 +439,20 @@ static int patience(struct monitor *monitor, bool paused)
         return 0;
     if (monitor->yielding || !is_settled(monitor))
         return HURRY_MS;
-    return paused ? PAUSE_MS : -1;
+    if (paused)
+        return PAUSE_MS;
+    return monitor->alive_every ? ms_until(monitor->alive_next) : -1;
+}
+
+/* A service manager learns by this that we were killed and cannot end, and starts another. */
+static void say_alive(struct monitor *monitor)
+{
+    uint64_t now = now_ns(CLOCK_MONOTONIC);
+
+    if (!monitor->alive_every || now < monitor->alive_next)
+        return;
+    keeper_say_alive();
+    monitor->alive_next = now + monitor->alive_every;
 }
 
 void monitor_serve(struct monitor *monitor, struct packet *packet)
@@ -464,6 +478,7 @@ void monitor_serve(struct monitor *monitor, struct packet *packet)
 
         if (monitor->yielding)
             hurry(monitor);
+        say_alive(monitor);
         heed_shortage(monitor, announced);
         if (poll(polled, sizeof(polled) / sizeof(polled[0]), patience(monitor, paused || is_shortage(announced))) < 0)
             continue;

@@ -72,7 +72,9 @@ struct monitor {
     bool leaving;
     uint64_t paused_until;     /* CLOCK_MONOTONIC, ns: for want of files or memory nothing is accepted or announced */
     uint64_t shortage_said_at; /* CLOCK_MONOTONIC, ns */
-    bool is_sole;              /* no other monitor serves the sockets: it has their lock, or they are nobody else's */
+    bool is_sole;              /* no other monitor serves the sockets: it has claimed them, or they are nobody else's */
+    uint64_t alive_every;      /* ns between two words to the service manager that we are well; 0 for none */
+    uint64_t alive_next;       /* CLOCK_MONOTONIC, ns: of the next one */
     bool is_kept;              /* by a service manager, which starts us again with what it keeps for us */
 
     int wake;    /* an eventfd: there is news for the main thread */

@@ -3,6 +3,7 @@
 #define MPU_NATIVE_H
 
 #include "capabilities.h"
+#include "claim.h"
 
 #include <errno.h>
 #include <linux/filter.h>
@@ -59,6 +60,14 @@ static int mpu_die_with_parent(void)
 static int mpu_keep_needed_capabilities(bool starts_monitors)
 {
     return mpu_split_capabilities(MPU_CAPABILITIES_OF_SUPERVISOR, starts_monitors ? MPU_CAPABILITIES_NEEDED : 0);
+}
+
+/* Whether a living monitor serves the sockets of which this is the one that supervisors connect to. */
+static bool mpu_has_monitor(int control)
+{
+    int unclaimed;
+
+    return mpu_is_claimed(control, &unclaimed);
 }
 
 /* Put a filter without a listener on the whole calling process. */

@@ -313,6 +313,7 @@ int main(int argc, char **argv)
     if (!parse(argc, argv, &options))
         return usage();
     monitor.is_kept = options.agent_fd && keeper_is_there();
+    monitor.alive_every = monitor.is_kept ? keeper_watches_every() : 0;
     if (!packet || set_up(&monitor, &options)) {
         config_publish(&monitor, NULL);
         return 1;

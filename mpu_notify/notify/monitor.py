@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
 import socket
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from mpu_notify.errors import MpuNotifyError
-from mpu_notify.notify import protocol
+from mpu_notify.notify import native, protocol
 from mpu_notify.notify.process import fork
 from mpu_notify.rm.abi import CONTROL_NODE, CONTROL_NODE_MAJOR, CONTROL_NODE_MINOR
 
@@ -255,12 +254,13 @@ class Monitor:
         return self.sockets is not None and not self.is_kept
 
     def is_in_use(self) -> bool:
-        """Whether a living monitor, it or another, serves its sockets: that one has their lock (csrc/handover.h)."""
+        """Whether a living monitor, it or another, serves its sockets."""
         assert self.sockets is not None  # noqa: S101 - see may_be_replaced
-        lock = struct.Struct("hhqqi4x")  # struct flock
-        asked = lock.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind: int = lock.unpack(fcntl.fcntl(self.sockets.control, fcntl.F_GETLK, asked))[0]
-        return kind != fcntl.F_UNLCK
+        return native.has_monitor(self.sockets.control)
+
+    def is_dead(self) -> bool:
+        """Whether it was killed. The connection may last, for as long as a thread of it cannot end (csrc/claim.h)."""
+        return native.is_dead(self.pid)
 
     def attach(self, fd: int, state: bytes) -> None:
         """Have a listener served; it comes back by `receive`. The fd stays open here. Raises MonitorError."""

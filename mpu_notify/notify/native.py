@@ -61,6 +61,16 @@ def die_with_parent() -> None:
     _checked(lib.mpu_die_with_parent(), "set the parent death signal")
 
 
+def is_dead(pid: int) -> bool:
+    """Whether a process was killed or has ended, though it may not be gone: csrc/claim.h."""
+    return bool(lib.mpu_is_dead(pid))
+
+
+def has_monitor(control: int) -> bool:
+    """Whether a living monitor serves the sockets of which this is the one that supervisors connect to."""
+    return bool(lib.mpu_has_monitor(control))
+
+
 def keep_needed_capabilities(*, starts_monitors: bool = True) -> None:
     """Drop every capability but those that the supervisor needs, and those that monitors which it starts need.
 

@@ -50,6 +50,9 @@ _ROWS = {(control.cmd, control.whole_size): control for control in CONTROLS}
 # Between two attempts to come by a monitor: the first at once, then twice as long each time, up to the last.
 _RETRY_SECONDS = 0.05, 2.0
 
+# Between two looks at whether the monitor was killed, where nothing else happens: its connection need not end then.
+_LOOK_SECONDS = 1.0
+
 # Messages come close together, and waking up takes longer than most of them: look again for a while before sleeping.
 _SPIN_SECONDS = 2e-3
 
@@ -138,9 +141,14 @@ class Supervisor:
             self._serve_some()
 
     def _serve_some(self) -> None:
-        ready = self._ready.select(0 if time.monotonic() < self._awake_until else None)
-        if not ready:
+        is_awake = time.monotonic() < self._awake_until
+        ready = self._ready.select(0 if is_awake else _LOOK_SECONDS if self._containers else None)
+        if not ready and is_awake:
             os.sched_yield()
+            return
+        if not ready:
+            if self.monitor.is_dead():
+                self._replace_monitor()
             return
         try:
             for key, _ in ready:

@@ -560,7 +560,8 @@ def descendants(pid: int) -> list[int]:
 class Keeper:
     """A service manager that starts the monitor, keeps what it is given, and starts it again with that."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **environment: str) -> None:
+        self.environment = environment
         self.sockets = [socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
         for listening, name in zip(self.sockets, ("agent.sock", "agent.control"), strict=True):
             listening.bind(str(directory / name))
@@ -582,7 +583,7 @@ class Keeper:
         options = "'--agent-fd', '3', '--control-fd', '4'"
         script = (
             f"import os; {moves}; {settle}; os.closerange(3 + {len(given)}, 2000);"
-            f"os.environ.update({environment}, NOTIFY_SOCKET={str(self.address)!r});"
+            f"os.environ.update({environment}, NOTIFY_SOCKET={str(self.address)!r}, **{self.environment!r});"
             f"os.execv({str(PROGRAM)!r}, [{str(PROGRAM)!r}, {options}])"
         )
         self.process = subprocess.Popen(["python3", "-c", script], pass_fds=given, stdout=subprocess.DEVNULL)
@@ -629,6 +630,14 @@ def kept(tmp_path: Path, standin: StartStandIn, keeper: Keeper, request: pytest.
     yield started
     with started.process:
         started.process.terminate()
+
+
+def test_a_service_manager_that_watches_the_monitor_hears_that_it_is_well(tmp_path: Path) -> None:
+    watching = Keeper(tmp_path, WATCHDOG_USEC="100000")
+    try:
+        assert [watching.hear() for _ in range(3)] == ["WATCHDOG=1"] * 3
+    finally:
+        watching.end()
 
 
 def test_what_a_service_manager_keeps_outlives_monitor_and_supervisor_both(

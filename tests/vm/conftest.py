@@ -31,6 +31,12 @@ def caller_program(_prepared: None) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hostile_program(_prepared: None) -> Path:
+    """The same of the fault tests' hostile.c."""
+    return compile_c(REPOSITORY / "tests" / "kernel" / "faults" / "hostile.c", BUILD)
+
+
+@pytest.fixture(scope="session")
 def guest(caller_program: Path) -> Iterator[Guest]:  # noqa: ARG001 - the guest sees what was there when it looked first
     """A guest for the session, or for as long as it answers."""
     with Guest() as running:

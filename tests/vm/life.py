@@ -1,7 +1,7 @@
 """The daemon's life under systemd, played in a guest: installed as deploy/README.md says, its processes killed,
 restarted and upgraded, while a caller in a container asks all the time.
 
-    python -m tests.vm.life CALLER
+    python -m tests.vm.life CALLER HOSTILE
 
 The last line of the output is JSON.
 """
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from typing import NamedTuple
 from mpu_notify.rm import abi
 from mpu_notify.standin.process import StandIn
 from tests.kernel import harness
-from tests.kernel.harness import Caller, caller_host_pid, eventually, under_filter
+from tests.kernel.harness import Caller, caller_host_pid, eventually, kill_container, under_filter
 
 from .guest import REPOSITORY
 
@@ -136,6 +137,24 @@ def upgrade() -> None:
     systemctl("restart", MONITOR)
 
 
+@contextmanager
+def never_ending(program: str) -> Iterator[None]:
+    """A container for which a thread of the monitor waits where it cannot be killed."""
+    place = Path(tempfile.mkdtemp())
+    with under_filter(program, abi.CONTROL_NODE.parent, "silent_nvos54", place) as stuck:
+        attach(stuck)
+        stuck.go()
+        assert stuck.line() == "up"
+        stuck.poke()
+        tasks = Path(f"/proc/{pids().monitor}/task")
+        eventually(lambda: any("request_wait" in wait.read_text() for wait in tasks.glob("*/wchan")), "a thread waits")
+        try:
+            yield
+        finally:
+            kill_container(stuck)
+    place.rmdir()
+
+
 def changes() -> dict[str, tuple[list[str], Callable[[], object]]]:
     """What happens to the units, and the processes of which there must be others afterwards."""
     return {
@@ -162,7 +181,16 @@ def change(under: Asking, of: list[str], do: Callable[[], object]) -> dict[str, 
     return {"before": before._asdict(), "after": pids()._asdict(), "told": sorted(set(under.answers[from_here:]))}
 
 
-def life(program: str) -> dict[str, object]:
+def killed_but_there(under: Asking, program: str) -> dict[str, object]:
+    """The monitor is killed and cannot end."""
+    with never_ending(program):
+        killed = pids().monitor
+        told = change(under, ["monitor"], lambda: kill(killed))
+        assert Path(f"/proc/{killed}").exists()
+    return told
+
+
+def life(program: str, hostile: str) -> dict[str, object]:
     """All of it."""
     for command in commands():
         subprocess.run(["bash", "-c", command], cwd=DEPLOY, stdout=sys.stderr, check=True)
@@ -181,7 +209,10 @@ def life(program: str) -> dict[str, object]:
                 "era": json.loads(ERA.read_text()),
                 "rights": {name: rights(pid) for name, pid in pids()._asdict().items()},
                 "exposed": {unit: exposure(unit) for unit in (MONITOR, SUPERVISOR, PROBE)},
-                "changes": {name: change(under, *what) for name, what in changes().items()},
+                "changes": {
+                    **{name: change(under, *what) for name, what in changes().items()},
+                    "monitor killed, and cannot end": killed_but_there(under, hostile),
+                },
                 "host": caller_host_pid(caller),
                 "user": str(pwd.getpwnam("mpu-notify").pw_uid),
                 "program": str(Path(f"/proc/{pids().monitor}/exe").readlink()),
@@ -200,7 +231,7 @@ def exposure(unit: str) -> float:
 if __name__ == "__main__":
     harness.SECONDS = 60.0  # it is emulated, maybe beside others
     try:
-        print(json.dumps(life(sys.argv[1])))
+        print(json.dumps(life(*sys.argv[1:])))
     except BaseException:
         subprocess.run(["journalctl", "--no-pager", "--lines=60"], stdout=sys.stderr, check=False)
         raise

@@ -21,17 +21,20 @@ import pytest
 from mpu_notify.rm.controls import CONTROL_TABLE
 from tests.kernel.conftest import StartStandIn
 from tests.kernel.harness import (
+    SECONDS,
     Caller,
     caller_host_pid,
     compile_c,
     eventually,
     injected,
     kill_and_wait_for,
+    kill_container,
     stop_and_wait_for,
     system_calls,
     under_filter,
 )
 from tests.kernel.test_calls import aided, unaided
+from tests.kernel.test_handover import Keeper
 from tests.kernel.test_monitor import PIDFD_GETFD
 from tests.kernel.test_serve import STATE, Daemon, ask, up
 
@@ -89,6 +92,10 @@ class Scene:
         assert [ask(self.neighbour) for _ in range(calls)] == ["pids= 1"] * calls
         self.calls += calls
 
+    def neighbour_is_served_again(self) -> None:
+        """After another monitor or supervisor has come."""
+        eventually(lambda: ask(self.neighbour) == "pids= 1", "the neighbour is translated again")
+
     def leaks(self) -> str:
         """What is left when the hostile ones are gone."""
         eventually(lambda: self._taken() == self._before, "nothing is left")
@@ -106,20 +113,6 @@ class Scene:
             finally:
                 if inside is None:
                     kill_container(caller)
-
-
-def kill_container(caller: Caller) -> None:
-    """All its processes, as cgroup.kill does: one that is the file server of another cannot die after it."""
-
-    def below(pid: int) -> Iterator[int]:
-        yield pid
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                yield from below(int(child))
-
-    for pid in [*below(caller.process.pid)][1:]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -229,6 +222,62 @@ def test_memory_that_is_never_there_holds_up_its_own_listener_at_most(
     record(Row(SECTION, ABSENT[case], 1, "waits until it is killed; all others are translated", scene.leaks()))
 
 
+def test_a_monitor_that_is_killed_while_a_thread_of_it_cannot_die_gets_a_successor(
+    scene: Scene, hostile_program: Path, caller_program: Path, record: Record
+) -> None:
+    """Its files stay open, and so do its connections, until the container that it waits for has ended."""
+    killed = scene.daemon.monitor
+    with (
+        scene.hostile(hostile_program, "silent_nvos54") as stuck,
+        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
+    ):
+        stuck.poke()
+        eventually(lambda: hangs(scene), "the monitor's thread for it hangs")
+        os.kill(killed, signal.SIGKILL)
+        scene.neighbour_is_served_again()
+        scene.daemon.monitor = scene.daemon.find_monitor()
+        assert scene.daemon.monitor != killed
+        served(second)
+        with scene.hostile(caller_program, "on_demand") as third:
+            assert ask(third) == "pids= 1", "it attached to the new one"
+        assert Path(f"/proc/{killed}").exists(), "all of that while it cannot end"
+    eventually(lambda: not Path(f"/proc/{killed}").exists(), "the killed monitor has ended")
+    what = "a monitor that is killed while it waits for memory in a silent FUSE file"
+    record(Row(SECTION, what, 1, "its neighbour: the driver's own once, then translated", scene.leaks()))
+
+
+def test_a_service_manager_may_start_a_monitor_beside_one_that_is_killed_and_cannot_end(
+    tmp_path: Path, standin: StartStandIn, hostile_program: Path, caller_program: Path, record: Record
+) -> None:
+    """As systemd does when it has missed it for a while (WatchdogSec=)."""
+    keeper = Keeper(tmp_path)
+    daemon = Daemon(tmp_path, standin("--era", "host").control_node, "--no-monitor")
+    try:
+        with under_filter(caller_program, daemon.node.parent, "on_demand") as neighbour:
+            daemon.attach(neighbour)
+            up(neighbour)
+            place = tmp_path / "place"
+            place.mkdir()
+            scene = Scene(daemon, neighbour, place)
+            scene.neighbour_is_served_again()
+            with scene.hostile(hostile_program, "silent_nvos54") as stuck:
+                stuck.poke()
+                eventually(lambda: hangs(scene), "the monitor's thread for it hangs")
+                cannot_end = keeper.process
+                cannot_end.kill()
+                keeper.start()
+                scene.neighbour_is_served_again()
+                assert daemon.find_monitor() == keeper.process.pid
+                assert cannot_end.poll() is None, "all of that while it cannot end"
+            cannot_end.wait(SECONDS)
+            what = "the same under a service manager, which starts the next one"
+            record(Row(SECTION, what, 1, "its neighbour: the driver's own, then translated", "none"))
+    finally:
+        with daemon.process:
+            daemon.process.terminate()
+        keeper.end()
+
+
 def test_params_behind_a_userfaultfd_are_not_waited_for(scene: Scene, hostile_program: Path, record: Record) -> None:
     with scene.hostile(hostile_program, "userfault_params") as impatient:
         impatient.poke()
@@ -324,11 +373,11 @@ def test_a_caller_that_changes_everything_while_it_is_looked_at(
             innocent = caller_host_pid(neighbour)
             with scene.hostile(hostile_program, "swap") as swapping:
                 swapper = caller_host_pid(swapping)
+                monitor = {int(task.name) for task in Path(f"/proc/{daemon.monitor}/task").iterdir()}
                 swapping.poke()
                 while not swapping.says_something_within(0):
                     scene.neighbour_is_served(1)
                 said = swapping.line()
-                monitor = {int(task.name) for task in Path(f"/proc/{daemon.monitor}/task").iterdir()}
             leaks = scene.leaks()
     finally:
         daemon.end()
