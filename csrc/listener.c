@@ -40,6 +40,12 @@ static int wait_for_call(const struct listener *listener)
     return polled.revents & POLLHUP ? -ENODEV : -EAGAIN;
 }
 
+/* The slot is not ours alone: what it says of a call is looked at once. */
+static void take_notif(struct listener *listener)
+{
+    memcpy(listener->notif, listener->slot->notif, listener->notif_size);
+}
+
 /* Where a signal of the main thread may interrupt: nothing has been received, or it is in the slot. */
 static int receive_interruptibly(struct listener *listener)
 {
@@ -47,7 +53,10 @@ static int receive_interruptibly(struct listener *listener)
 
     if (error)
         return error;
-    return ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_RECV, listener->notif) ? -errno : 0;
+    if (ioctl(listener->fd, SECCOMP_IOCTL_NOTIF_RECV, listener->slot->notif))
+        return -errno;
+    take_notif(listener);
+    return 0;
 }
 
 /* 0 with a call in listener->notif; -ENODEV where none will ever come again, -ECANCELED where it is to be let go. */
@@ -55,7 +64,7 @@ static int receive(struct listener *listener)
 {
     int error = -ECANCELED;
 
-    memset(listener->notif, 0, listener->notif_size); /* the kernel insists */
+    memset(listener->slot->notif, 0, listener->notif_size); /* the kernel insists */
     listener->slot->input = (struct slot_input){0};
     listener->receiving = true;
     if (!listener->monitor->yielding)
@@ -78,6 +87,7 @@ static void listener_free(struct listener *listener)
         close(listener->fresh);
     if (listener->slot)
         slot_unmap(listener->slot);
+    free(listener->notif);
     free(listener->response);
     free(listener);
 }
@@ -122,6 +132,7 @@ static void listener_begin(struct listener *listener)
     struct monitor *monitor = listener->monitor;
 
     slot_lock(listener->slot);
+    take_notif(listener);
     if (listener->notif->id)
         call_leave(listener);
     LOCKED(&monitor->lock);
@@ -190,9 +201,9 @@ static int listener_allocate(struct listener *listener)
     listener->response_size = larger(sizes.seccomp_notif_resp, sizeof(struct seccomp_notif_resp));
     if (listener->notif_size > SLOT_NOTIF_BYTES)
         return -E2BIG;
-    listener->notif = (struct seccomp_notif *)listener->slot->notif;
+    listener->notif = calloc(1, listener->notif_size);
     listener->response = calloc(1, listener->response_size);
-    return listener->response ? 0 : -ENOMEM;
+    return listener->notif && listener->response ? 0 : -ENOMEM;
 }
 
 /* -EEXIST where it is there already. */

@@ -43,7 +43,7 @@ struct listener {
     atomic_bool receiving; /* the thread is where a signal may interrupt it */
     struct slot *slot;
     struct config *config;       /* NULL before its first call */
-    struct seccomp_notif *notif; /* in the slot */
+    struct seccomp_notif *notif; /* a copy of the slot's */
     size_t notif_size;
     struct seccomp_notif_resp *response;
     size_t response_size;
