@@ -4,9 +4,10 @@ Pure functions over the decoded JSON. Whatever the container's seccomp profile s
 
 * The runtimes hand a profile's rules to libseccomp, which lets the first rule without conditions beat all other rules
   of that syscall, and ignores a rule whose action is the default one. So only what is left then counts here.
-* Of conditional rules that overlap, libseccomp may take either. So no rule that we make overlaps one with another
-  action: what a profile allows is cut into what is in one of the patterns of CONTROLS, which becomes a notification,
-  and what is not. Where that cannot be done, rewriting is refused.
+* Of conditional rules that overlap, libseccomp may take either, and the other one as soon as there is one rule more. So
+  no rule that we make overlaps one with another action: what a profile allows is cut into what is in one of the
+  patterns of CONTROLS, which becomes a notification, and what is not. Where that cannot be done, or where rules of the
+  profile overlap and differ, rewriting is refused.
 * A profile that allows no RM control, or denies it for good, stays as it is.
 
 Imports next to nothing: the runtime shim runs this under the eyes of whoever waits for a container to start.
@@ -179,12 +180,19 @@ def _verdict(action: str, error: int | None) -> tuple[str, int]:
     return "SCMP_ACT_KILL_THREAD" if action == "SCMP_ACT_KILL" else action, 0
 
 
-def _with_notifications(rules: list[Json], default: tuple[str, int]) -> Iterator[Json]:
+def _with_notifications(rules: list[Json], default: tuple[str, int]) -> list[Json]:
     """Rules for ioctl with the same verdicts but a notification where an RM control would be allowed."""
     live = [(rule, _verdict(rule["action"], rule.get("errnoRet"))) for rule in rules]
     live = [each for each in live if each[1] != default]
     winner = next((each for each in live if _unconditional(each[0])), None)
     live = [winner] if winner else live
+    made = list(_cut(live, default))
+    if any(rule["action"] == _NOTIFY for rule in made):
+        _refuse_contradictions([each for each in live if each[0]["action"] not in _PERMISSIVE])
+    return made
+
+
+def _cut(live: list[tuple[Json, tuple[str, int]]], default: tuple[str, int]) -> Iterator[Json]:
     permissive = default[0] in _PERMISSIVE
     if permissive:
         yield from _notify({}, _remaining_controls([rule for rule, _ in live if rule["action"] not in _PERMISSIVE]))
@@ -218,13 +226,18 @@ def _refuse_orders(rule: Json) -> None:
         )
 
 
-def _refuse_conflict(allowed: list[Cube], others: list[Json]) -> None:
+def _refuse_contradictions(denials: list[tuple[Json, tuple[str, int]]]) -> None:
+    for number, (rule, verdict) in enumerate(denials):
+        _refuse_conflict(_commands(rule), [other for other, its in denials[:number] if its != verdict])
+
+
+def _refuse_conflict(commands: list[Cube], others: list[Json]) -> None:
     for other in others:
-        if any(_intersection(one, two) for one in allowed for two in _commands(other)):
+        if any(_intersection(one, two) for one in commands for two in _commands(other)):
             raise SpecError(
                 "cannot have the seccomp profile stop RM controls: its rules for ioctl overlap, one with "
-                f"{other['action']} for some of what another one allows. Make them exclude each other, or start this "
-                f"container without {ANNOTATION}."
+                f"{other['action']} for some of what another one speaks of. Make them exclude each other, or start "
+                f"this container without {ANNOTATION}."
             )
 
 

@@ -112,6 +112,16 @@ def denied_below_32_bits(profile: Profile, cmd: int) -> bool:
 
 @settings(max_examples=1500, deadline=None)
 @example(profile_of("ERRNO", rule("ALLOW", (1, "NE", TIOCSTI, 0))), "X86_64", 0xFFFFFFFF_C020462A, 3)
+@example(
+    profile_of(
+        "ALLOW",
+        rule("ERRNO", (1, "EQ", RM_CONTROL, 0)),
+        rule("KILL_PROCESS", (1, "MASKED_EQ", spec.MASK, RM_CONTROL)),
+    ),
+    "X86_64",
+    RM_CONTROL,
+    0,
+)
 @given(profile=_profiles, abi=abis, cmd=commands(), fd=st.sampled_from([0, 3, 7]))
 def test_any_profile_stops_the_controls_that_it_allows(profile: Profile, abi: str, cmd: int, fd: int) -> None:
     untouched = copy.deepcopy(profile)
