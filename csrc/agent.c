@@ -316,6 +316,6 @@ int agent_accept(struct monitor *monitor)
         return 0;
     }
     refuse(monitor, &peer, error);
-    close(connection);
+    peer_hang_up(connection);
     return 0;
 }

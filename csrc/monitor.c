@@ -253,7 +253,7 @@ static int accept_newcomer(struct monitor *monitor)
         return -errno;
     if (peer_check(newcomer, false, &peer)) {
         peer_complain(monitor, &peer, "control", PEER_REFUSED);
-        close(newcomer);
+        peer_hang_up(newcomer);
         return 0;
     }
     drop_newcomer(monitor);

@@ -82,3 +82,15 @@ void peer_complain(struct monitor *monitor, const struct ucred *peer, const char
         complain("refused %u more processes, which were not named", left_out);
     complain("refused process %d of user %u on the %s socket: %s", (int)peer->pid, (unsigned)peer->uid, socket, why);
 }
+
+static void *close_it(void *connection)
+{
+    close((int)(intptr_t)connection);
+    return NULL;
+}
+
+void peer_hang_up(int connection)
+{
+    if (thread_start(close_it, (void *)(intptr_t)connection))
+        close(connection);
+}

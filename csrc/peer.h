@@ -21,4 +21,10 @@ int peer_check_listener(int connection);
 /* Say that it was refused on a socket, and why: of a flood of them now and then one, with how many were left out. */
 void peer_complain(struct monitor *monitor, const struct ucred *peer, const char *socket, const char *why);
 
+/*
+ * Close the connection of one that was refused, in a thread of its own: a file that it sent goes with it, and may have
+ * a server that does not let go of it.
+ */
+void peer_hang_up(int connection);
+
 #endif

@@ -19,9 +19,11 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #define CROWD 1000
@@ -161,9 +163,12 @@ static void case_handler(struct gpu *gpu, struct place *place)
 #define FILE_NODE 2
 #define FILE_BYTES (1 << 20)
 
+/* What the server answers besides. */
+enum answers { OPENING, IOCTLS, ALL_BUT_WRITES };
+
 static void answer(int fuse, const struct fuse_in_header *to, int error, const void *body, size_t size)
 {
-    uint8_t bytes[sizeof(struct fuse_out_header) + sizeof(struct fuse_init_out) + sizeof(struct fuse_entry_out)];
+    uint8_t bytes[sizeof(struct fuse_out_header) + PAGE];
     struct fuse_out_header head = {(uint32_t)(sizeof(head) + size), error, to->unique};
 
     memcpy(bytes, &head, sizeof(head));
@@ -195,39 +200,41 @@ static void answer_init(int fuse, const struct fuse_in_header *head, const struc
 }
 
 /* Attributes are never good for later: whoever wants to know them must ask, and those of the file are not answered. */
-static void answer_one(int fuse, const struct fuse_in_header *head, bool answers_ioctl)
+static void answer_one(int fuse, const struct fuse_in_header *head, enum answers answers)
 {
     struct fuse_entry_out entry = {.nodeid = FILE_NODE, .entry_valid = 3600, .attr = attributes_of(FILE_NODE)};
-    struct fuse_attr_out root = {.attr = attributes_of(FUSE_ROOT_ID)};
+    struct fuse_attr_out node = {.attr = attributes_of(head->nodeid)};
     struct fuse_open_out opened = {.fh = 1};
 
     if (head->opcode == FUSE_INIT)
         answer_init(fuse, head, (const struct fuse_init_in *)(head + 1));
     else if (head->opcode == FUSE_LOOKUP)
         answer(fuse, head, 0, &entry, sizeof(entry));
-    else if (head->opcode == FUSE_GETATTR && head->nodeid == FUSE_ROOT_ID)
-        answer(fuse, head, 0, &root, sizeof(root));
+    else if (head->opcode == FUSE_GETATTR && (head->nodeid == FUSE_ROOT_ID || answers == ALL_BUT_WRITES))
+        answer(fuse, head, 0, &node, sizeof(node));
     else if (head->opcode == FUSE_OPEN)
         answer(fuse, head, 0, &opened, sizeof(opened));
-    else if (head->opcode == FUSE_IOCTL && answers_ioctl)
+    else if (head->opcode == FUSE_IOCTL && answers == IOCTLS)
         answer(fuse, head, -ENOTTY, NULL, 0);
+    else if (head->opcode != FUSE_WRITE && answers == ALL_BUT_WRITES)
+        answer(fuse, head, -ENOSYS, NULL, 0);
 }
 
-_Noreturn static void serve(int fuse, bool answers_ioctl)
+_Noreturn static void serve(int fuse, enum answers answers)
 {
     static _Alignas(8) uint8_t request[1 << 17];
 
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     for (;;) {
         if (read(fuse, request, sizeof(request)) > 0)
-            answer_one(fuse, (const struct fuse_in_header *)request, answers_ioctl);
+            answer_one(fuse, (const struct fuse_in_header *)request, answers);
         else if (errno == ENODEV)
             _exit(0);
     }
 }
 
 /* A file of it. */
-static int open_silent(bool answers_ioctl)
+static int open_silent(enum answers answers)
 {
     int fuse = open("/dev/fuse", O_RDWR | O_CLOEXEC), file;
     char options[128];
@@ -236,7 +243,7 @@ static int open_silent(bool answers_ioctl)
     if (fuse < 0 || mount("silent", file_system, "fuse", MS_NOSUID | MS_NODEV, options))
         die("a file system of our own");
     if (fork() == 0)
-        serve(fuse, answers_ioctl);
+        serve(fuse, answers);
     close(fuse);
     file = open_node(file_system, "nvidiactl", O_RDWR);
     return file;
@@ -246,7 +253,7 @@ static int open_silent(bool answers_ioctl)
 
 static void *silent_memory(void)
 {
-    void *memory = mmap(NULL, FILE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, open_silent(false), 0);
+    void *memory = mmap(NULL, FILE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, open_silent(OPENING), 0);
 
     if (memory == MAP_FAILED)
         die("mmap of a silent file");
@@ -304,7 +311,7 @@ static void case_silent_params(struct gpu *gpu, struct place *place)
 
 static void case_silent_ioctl(struct gpu *gpu, struct place *place)
 {
-    int file = open_silent(false);
+    int file = open_silent(OPENING);
 
     up();
     ask_pids(gpu, place);
@@ -314,7 +321,7 @@ static void case_silent_ioctl(struct gpu *gpu, struct place *place)
 
 static void case_silent_close(struct gpu *gpu, struct place *place)
 {
-    int file = open_silent(true);
+    int file = open_silent(IOCTLS);
 
     up();
     ask_pids(gpu, place);
@@ -334,9 +341,48 @@ static void *thread_put_silent(void *argument)
     return NULL;
 }
 
+static bool send_file(int through, int file)
+{
+    char byte = 'x', room[CMSG_SPACE(sizeof(int))] = {0};
+    struct iovec part = {&byte, 1};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof(room)};
+    struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+
+    *head = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(head), &file, sizeof(file));
+    return sendmsg(through, &message, 0) == 1;
+}
+
+/*
+ * To the agent, whose socket is beside PLACE, a file that whoever closes it last must write back, which is not
+ * answered. To be that, the agent gets it in a socket: our own close must come before there is something to write.
+ */
+static void case_silent_sent(struct gpu *gpu, struct place *place)
+{
+    static uint8_t page[PAGE];
+    struct sockaddr_un agent = {.sun_family = AF_UNIX};
+    int file = open_silent(ALL_BUT_WRITES), other = open_node(file_system, "nvidiactl", O_RDWR), ends[2];
+    int connection = socket(AF_UNIX, SOCK_STREAM, 0);
+
+    (void)gpu;
+    (void)place;
+    up();
+    snprintf(agent.sun_path, sizeof(agent.sun_path), "%s/../agent.sock", file_system);
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) || !send_file(ends[0], file))
+        die("a socket with a file in it");
+    close(file);
+    if (write(other, page, sizeof(page)) != (ssize_t)sizeof(page))
+        die("a page that is to be written back");
+    if (connect(connection, (struct sockaddr *)&agent, sizeof(agent)) || !send_file(connection, ends[1]))
+        die("the agent's socket");
+    close(ends[1]);
+    printf("sent\n");
+    wait_for_byte();
+}
+
 static void case_silent_put_in_place(struct gpu *gpu, struct place *place)
 {
-    int from_to[] = {open_silent(true), gpu->control};
+    int from_to[] = {open_silent(IOCTLS), gpu->control};
 
     up();
     start(thread_put_silent, from_to);
@@ -547,6 +593,7 @@ static const struct named_case CASES[] = {
     CASE(silent_ioctl),
     CASE(silent_close),
     CASE(silent_put_in_place),
+    CASE(silent_sent),
     CASE(swap),
     CASE(xfer_in_xfer),
     CASE(xfer_to_itself),

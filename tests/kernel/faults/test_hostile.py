@@ -29,6 +29,7 @@ from tests.kernel.harness import (
     injected,
     kill_and_wait_for,
     kill_container,
+    state_of,
     stop_and_wait_for,
     system_calls,
     under_filter,
@@ -435,6 +436,24 @@ def test_a_containers_root_that_floods_the_mounted_socket_keeps_no_runtime_from_
             flooding.stdin.close()
     assert "attached container=" in scene.daemon.log.read_text()
     record(Row(SECTION, "a container's root that floods the mounted agent socket", 500, "refused", leaks))
+
+
+def test_a_refused_file_that_cannot_be_closed_keeps_no_runtime_from_attaching(
+    scene: Scene, hostile_program: Path, caller_program: Path, record: Record
+) -> None:
+    """From a container's root at the mounted socket: a FUSE file with a page to write, which its server never takes."""
+    with scene.hostile(hostile_program, "silent_sent") as sending:
+        stop_and_wait_for(scene.daemon.monitor)  # as a flood of connections can: what is sent must wait to be taken
+        sending.poke()
+        assert sending.line() == "sent"
+        os.kill(scene.daemon.monitor, signal.SIGCONT)
+        tasks = Path(f"/proc/{scene.daemon.monitor}/task")
+        eventually(lambda: any(state_of(task) == "D" for task in tasks.iterdir()), "a thread of the monitor hangs")
+        with scene.hostile(caller_program, "on_demand") as attaching:
+            eventually(lambda: ask(attaching) == "pids= 1", "it is translated")
+        scene.neighbour_is_served()
+    what = "a container's root that sends the agent a FUSE file that cannot be closed"
+    record(Row(SECTION, what, 1, "refused; all others are translated", scene.leaks()))
 
 
 def _epoll() -> int:
