@@ -1,6 +1,6 @@
 /*
- * What a supervisor sends, or who connects to the control socket, by the first bit: packets, each with its length (2
- * bytes), how many fds go with it (1), and its bytes.
+ * What a supervisor sends, or who connects to the control socket, by the first bit, which may be a monitor that gives
+ * listeners back: packets, each with its length (2 bytes), how many fds go with it (1), and its bytes.
  */
 #include "../../csrc/monitor.c"
 
@@ -64,15 +64,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     EXPECT(packet && monitor.config && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
     EXPECT(monitor_greet(&monitor, ends[0]) == 0);
     *(take_number(&input, 1) & 1 ? &monitor.newcomer : &monitor.supervisor) = ends[0];
-    while (input.left && (monitor.newcomer >= 0 || monitor.supervisor >= 0)) {
+    while (input.left && (monitor.newcomer >= 0 || monitor.supervisor >= 0 || monitor.predecessor >= 0)) {
         send_packet(ends[1], &input);
         if (monitor.newcomer >= 0)
             serve_newcomer(&monitor, packet);
-        else
+        else if (monitor.supervisor >= 0)
             serve_supervisor(&monitor, packet);
+        else
+            serve_predecessor(&monitor, packet);
         check_config(monitor.config);
     }
     drop_newcomer(&monitor);
+    if (monitor.predecessor >= 0)
+        close(monitor.predecessor);
     EXPECT(monitor.yielding == (monitor.successor >= 0));
     lose_successor(&monitor);
     EXPECT(monitor.has_supervisor == (monitor.supervisor >= 0 && monitor.configured));
