@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,22 @@ def _hierarchies() -> Iterator[_Hierarchy]:
 
 
 @contextmanager
+def _mounted(kind: str, *controllers: str) -> Iterator[_Hierarchy]:
+    """One that has these controllers: of the system, or for as long as this lasts."""
+    for each in _hierarchies():
+        if each.kind == kind and set(controllers) <= set(each.controllers):
+            yield each
+            return
+    with tempfile.TemporaryDirectory(prefix="mpu-notify-test-") as place:
+        options = ["-o", ",".join(controllers)] if controllers else []
+        subprocess.run(["mount", "-t", kind, *options, "none", place], check=True)
+        try:
+            yield _Hierarchy(kind, Path(place), list(controllers))
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+
+@contextmanager
 def _moved(pid: int, hierarchy: _Hierarchy, settings: dict[str, str]) -> Iterator[Path]:
     """A process in a new group of its own, and afterwards back where it was."""
     home = hierarchy.home(pid)
@@ -70,7 +87,7 @@ def starved(pid: int) -> Iterator[None]:
         with _moved(pid, each, settings) as group, _hog(group):
             yield
         return
-    pytest.skip("no cgroup file system with a cpu controller is mounted")
+    pytest.fail("no cgroup file system with a cpu controller is mounted, which this test needs")
 
 
 @contextmanager
@@ -85,6 +102,7 @@ def _hog(group: Path) -> Iterator[None]:
 
 
 class _Freezer(NamedTuple):
+    controllers: list[str]
     file: str
     freeze: str
     thaw: str
@@ -93,8 +111,8 @@ class _Freezer(NamedTuple):
 
 
 _FREEZERS = {
-    "cgroup": _Freezer("freezer.state", "FROZEN", "THAWED", "freezer.state", "FROZEN"),
-    "cgroup2": _Freezer("cgroup.freeze", "1", "0", "cgroup.events", "frozen 1"),
+    "cgroup": _Freezer(["freezer"], "freezer.state", "FROZEN", "THAWED", "freezer.state", "FROZEN"),
+    "cgroup2": _Freezer([], "cgroup.freeze", "1", "0", "cgroup.events", "frozen 1"),
 }
 
 
@@ -102,15 +120,10 @@ _FREEZERS = {
 def frozen(pid: int, kind: str) -> Iterator[None]:
     """Freeze a process by the groups of a version; when this is left it is frozen, at the latest after its call."""
     freezer = _FREEZERS[kind]
-    for each in _hierarchies():
-        if each.kind != kind or (kind == "cgroup" and "freezer" not in each.controllers):
-            continue
-        with _moved(pid, each, {}) as group:
-            (group / freezer.file).write_text(freezer.freeze)
-            try:
-                yield
-                eventually(lambda: freezer.frozen in (group / freezer.state).read_text(), "it is frozen")
-            finally:
-                (group / freezer.file).write_text(freezer.thaw)
-        return
-    pytest.skip(f"no {kind} file system that can freeze is mounted")
+    with _mounted(kind, *freezer.controllers) as hierarchy, _moved(pid, hierarchy, {}) as group:
+        (group / freezer.file).write_text(freezer.freeze)
+        try:
+            yield
+            eventually(lambda: freezer.frozen in (group / freezer.state).read_text(), "it is frozen")
+        finally:
+            (group / freezer.file).write_text(freezer.thaw)
