@@ -800,13 +800,6 @@ static void case_many(struct gpu *gpu, struct place *place)
     printf("lists=%u infos=%u\n", lists, infos);
 }
 
-struct named_case {
-    const char *name;
-    void (*run)(struct gpu *gpu, struct place *place);
-};
-
-#define CASE(name) {#name, case_##name}
-
 static const struct named_case CASES[] = {
     CASE(null_nvos54),
     CASE(unmapped_nvos54),
@@ -887,11 +880,5 @@ int main(int argc, char **argv)
     arguments = argv + 3;
     place = make_place();
     gpu = come_up(argv[1]);
-    for (size_t i = 0; i < sizeof(CASES) / sizeof(CASES[0]); i++)
-        if (strcmp(argv[2], CASES[i].name) == 0) {
-            CASES[i].run(&gpu, place);
-            return 0;
-        }
-    fprintf(stderr, "caller: no case %s\n", argv[2]);
-    return 2;
+    return run_case(CASES, sizeof(CASES) / sizeof(CASES[0]), argv[2], &gpu, place);
 }

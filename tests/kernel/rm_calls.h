@@ -180,4 +180,24 @@ static inline void say_pids(long ret, int error, const struct place *place)
     printf("\n");
 }
 
+struct named_case {
+    const char *name;
+    void (*run)(struct gpu *gpu, struct place *place);
+};
+
+#define CASE(name) {#name, case_##name}
+
+/* The case of this name; the exit status of the program. */
+static inline int run_case(const struct named_case *cases, size_t count, const char *name, struct gpu *gpu,
+                           struct place *place)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(name, cases[i].name) == 0) {
+            cases[i].run(gpu, place);
+            return 0;
+        }
+    fprintf(stderr, "caller: no case %s\n", name);
+    return 2;
+}
+
 #endif

@@ -10,6 +10,7 @@ import pytest
 
 from ..conftest import StartStandIn
 from ..harness import compile_c
+from ..test_serve import Daemon
 from .record import Row, append
 from .scene import Scene
 
@@ -22,6 +23,16 @@ def record(pytestconfig: pytest.Config) -> Record:
     """A function that appends a row to the file of the option --rows; without that, to none."""
     file: Path | None = pytestconfig.getoption("rows")
     return lambda row: append(file, row) if file else None
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, standin: StartStandIn) -> Iterator[Daemon]:
+    """A daemon before a driver of the host era."""
+    driver = standin("--era", "host")
+    started = Daemon(tmp_path, driver.control_node)
+    started.driver = driver.pid
+    yield started
+    started.end()
 
 
 class MakeScene(Protocol):

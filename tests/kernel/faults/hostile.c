@@ -576,13 +576,6 @@ static void case_xfer_overlapping(struct gpu *gpu, struct place *place)
     wrapped(gpu, place, &place->xfer);
 }
 
-struct named_case {
-    const char *name;
-    void (*run)(struct gpu *gpu, struct place *place);
-};
-
-#define CASE(name) {#name, case_##name}
-
 static const struct named_case CASES[] = {
     CASE(crowd),
     CASE(handler),
@@ -613,11 +606,5 @@ int main(int argc, char **argv)
     file_system = argc > 3 ? argv[3] : NULL;
     place = make_place();
     gpu = come_up(argv[1]);
-    for (size_t i = 0; i < sizeof(CASES) / sizeof(CASES[0]); i++)
-        if (strcmp(argv[2], CASES[i].name) == 0) {
-            CASES[i].run(&gpu, place);
-            return 0;
-        }
-    fprintf(stderr, "hostile: no case %s\n", argv[2]);
-    return 2;
+    return run_case(CASES, sizeof(CASES) / sizeof(CASES[0]), argv[2], &gpu, place);
 }

@@ -54,15 +54,6 @@ def hostile_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_c(Path(__file__).with_name("hostile.c"), tmp_path_factory.mktemp("hostile"))
 
 
-@pytest.fixture
-def daemon(tmp_path: Path, standin: StartStandIn) -> Iterator[Daemon]:
-    driver = standin("--era", "host")
-    started = Daemon(tmp_path, driver.control_node)
-    started.driver = driver.pid
-    yield started
-    started.end()
-
-
 class Scene:
     """The daemon, an innocent container, and what monitor and supervisor have with just that."""
 
@@ -114,6 +105,15 @@ class Scene:
             finally:
                 if inside is None:
                     kill_container(caller)
+
+    @contextlib.contextmanager
+    def stuck(self, program: Path, case: str, caller_program: Path) -> Iterator[tuple[Caller, Caller]]:
+        """A hostile container, and one more process of it that only asks."""
+        with (
+            self.hostile(program, case) as stuck,
+            self.hostile(caller_program, "on_demand", inside=stuck) as second,
+        ):
+            yield stuck, second
 
 
 @pytest.fixture
@@ -210,10 +210,7 @@ def hangs(scene: Scene) -> bool:
 def test_memory_that_is_never_there_holds_up_its_own_listener_at_most(
     scene: Scene, hostile_program: Path, caller_program: Path, record: Record, case: str
 ) -> None:
-    with (
-        scene.hostile(hostile_program, case) as stuck,
-        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
-    ):
+    with scene.stuck(hostile_program, case, caller_program) as (stuck, second):
         stuck.poke()
         eventually(lambda: hangs(scene), "the monitor's thread for it hangs")
         served(second)
@@ -228,10 +225,7 @@ def test_a_monitor_that_is_killed_while_a_thread_of_it_cannot_die_gets_a_success
 ) -> None:
     """Its files stay open, and so do its connections, until the container that it waits for has ended."""
     killed = scene.daemon.monitor
-    with (
-        scene.hostile(hostile_program, "silent_nvos54") as stuck,
-        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
-    ):
+    with scene.stuck(hostile_program, "silent_nvos54", caller_program) as (stuck, second):
         stuck.poke()
         eventually(lambda: hangs(scene), "the monitor's thread for it hangs")
         os.kill(killed, signal.SIGKILL)
@@ -299,10 +293,7 @@ SILENT = {
 def test_a_control_node_that_never_answers_holds_up_nobody_but_its_caller(
     scene: Scene, hostile_program: Path, caller_program: Path, record: Record, case: str
 ) -> None:
-    with (
-        scene.hostile(hostile_program, case) as stuck,
-        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
-    ):
+    with scene.stuck(hostile_program, case, caller_program) as (stuck, second):
         stuck.poke()
         wchan = Path(f"/proc/{caller_host_pid(stuck)}/wchan")
         eventually(lambda: "request_wait" in wchan.read_text(), "the caller waits for its file")
@@ -318,10 +309,7 @@ def test_a_silent_file_that_is_fetched_after_all_holds_up_its_own_listener_at_mo
     scene: Scene, hostile_program: Path, caller_program: Path, record: Record
 ) -> None:
     """It takes the control node's place between the monitor's look and the fetch; to close it asks its server."""
-    with (
-        scene.hostile(hostile_program, "silent_put_in_place") as stuck,
-        scene.hostile(caller_program, "on_demand", inside=stuck) as second,
-    ):
+    with scene.stuck(hostile_program, "silent_put_in_place", caller_program) as (stuck, second):
         number = Path(f"/proc/{caller_host_pid(stuck)}/fd/3")
         with injected(scene.daemon.monitor, "--inject=pidfd_getfd:delay_enter=1s:when=1"):
             stuck.poke()

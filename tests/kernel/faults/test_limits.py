@@ -20,29 +20,13 @@ import pytest
 
 from tests.kernel.conftest import StartStandIn
 from tests.kernel.harness import Caller, caller_host_pid, compile_c, eventually, stop_and_wait_for, under_filter
+from tests.kernel.test_handover import attached
 from tests.kernel.test_serve import Daemon, ask, up
 
 from .conftest import Record
 from .record import Row
 
 SECTION = "Limits"
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, standin: StartStandIn) -> Iterator[Daemon]:
-    started = Daemon(tmp_path, standin("--era", "host").control_node)
-    yield started
-    started.end()
-
-
-@contextlib.contextmanager
-def container(daemon: Daemon, caller_program: Path) -> Iterator[Caller]:
-    """One that is attached and translated."""
-    with under_filter(caller_program, daemon.node.parent, "on_demand") as caller:
-        daemon.attach(caller)
-        up(caller)
-        eventually(lambda: ask(caller) == "pids= 1", "it is translated")
-        yield caller
 
 
 @contextlib.contextmanager
@@ -80,7 +64,7 @@ def assert_it_sleeps(pid: int) -> None:
 def test_a_monitor_without_files_lets_those_who_come_wait(
     daemon: Daemon, caller_program: Path, record: Record, left: int
 ) -> None:
-    with container(daemon, caller_program) as first:
+    with attached(daemon, caller_program) as first:
         before = files_of(daemon.monitor)
         with (
             under_filter(caller_program, daemon.node.parent, "on_demand") as second,
@@ -105,7 +89,7 @@ def test_listeners_that_cannot_be_passed_on_yet_are_passed_on_later(
 ) -> None:
     """For a user whose processes have sent too many files that nobody has taken yet, the kernel sends no more."""
     with (
-        container(daemon, caller_program) as first,
+        attached(daemon, caller_program) as first,
         under_filter(caller_program, daemon.node.parent, "on_demand") as second,
     ):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -131,7 +115,7 @@ def test_a_supervisor_without_files_leaves_calls_to_the_driver(
     daemon: Daemon, caller_program: Path, record: Record
 ) -> None:
     with (
-        container(daemon, caller_program) as first,
+        attached(daemon, caller_program) as first,
         under_filter(caller_program, daemon.node.parent, "on_demand") as second,
     ):
         with limited(daemon.process.pid, resource.RLIMIT_NOFILE, files_of(daemon.process.pid)):
@@ -157,7 +141,7 @@ def test_a_monitor_without_memory_serves_and_lets_those_who_come_wait(
     daemon: Daemon, caller_program: Path, record: Record
 ) -> None:
     with (
-        container(daemon, caller_program) as first,
+        attached(daemon, caller_program) as first,
         under_filter(caller_program, daemon.node.parent, "on_demand") as second,
     ):
         with limited(daemon.monitor, resource.RLIMIT_AS, memory_of(daemon.monitor)):
@@ -173,7 +157,7 @@ def test_a_monitor_without_memory_serves_and_lets_those_who_come_wait(
 def test_a_supervisor_without_memory_leaves_calls_to_the_driver_at_worst(
     daemon: Daemon, caller_program: Path, record: Record
 ) -> None:
-    with container(daemon, caller_program) as caller:
+    with attached(daemon, caller_program) as caller:
         with limited(daemon.process.pid, resource.RLIMIT_AS, 1 << 20):
             got = {ask(caller) for _ in range(20)}
         assert got <= {"pids= 1", the_drivers_own(caller)}
@@ -198,7 +182,7 @@ def test_lines_that_a_full_disk_does_not_take_are_counted_and_told(
     log = small_disk / "log"
     daemon = Daemon(tmp_path, standin("--era", "host").control_node, "--log-file", log)
     try:
-        with container(daemon, caller_program) as caller:
+        with attached(daemon, caller_program) as caller:
             filler = small_disk / "filler"
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as full:
                 while full.write(bytes(100)):
@@ -231,7 +215,7 @@ def test_no_wait_goes_by_a_clock_that_jumps(
     monkeypatch.delenv("LD_PRELOAD")
     try:
         assert str(library) in Path(f"/proc/{daemon.monitor}/maps").read_text()
-        with container(daemon, caller_program) as caller:
+        with attached(daemon, caller_program) as caller:
             assert [ask(caller) for _ in range(20)] == ["pids= 1"] * 20
             stop_and_wait_for(daemon.process.pid)
             try:
